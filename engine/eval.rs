@@ -1,0 +1,1 @@
+//! Mean reward and pass@k on held-out prompts.

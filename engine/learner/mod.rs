@@ -1,0 +1,7 @@
+//! The update: micro-batches, optimizer, schedules, checkpoints.
+
+pub mod batch;
+pub mod checkpoint;
+pub mod optimizer;
+pub mod schedule;
+pub mod step;

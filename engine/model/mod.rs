@@ -1,0 +1,10 @@
+//! One decoder family: what it is, its weights, forward and backward.
+
+pub mod decoder;
+pub mod backprop;
+pub mod export;
+pub mod gguf;
+pub mod lora;
+pub mod params;
+pub mod source;
+pub mod spec;

@@ -1,0 +1,7 @@
+//! What a run leaves behind: metrics, samples, curves, a page.
+
+pub mod html;
+pub mod metrics;
+pub mod progress;
+pub mod sinks;
+pub mod tensorboard;

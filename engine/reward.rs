@@ -1,0 +1,1 @@
+//! Groups to rewards: the bridge to the verifier pool.
