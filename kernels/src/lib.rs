@@ -1,1 +1,40 @@
-//! k
+//! CPU kernels of rft-engine: slices in, numbers out; no models, tokens or files.
+//!
+//! Every element of every output is a sum in one fixed order that depends on its own row only: not on the other rows, the
+//! number of threads, tiles, pages or chunks. So a token's numbers are the same bits whether it was decoded alone, prefilled in
+//! a chunk, or trained on in a packed batch. In f32 they are also the same on every x86-64 instruction set (see [`isa`]).
+//!
+//! Arguments are checked with asserts: a length that does not fit is a defect of the caller and panics.
+
+mod activation;
+mod adamw;
+mod attention;
+mod bf16;
+mod cache;
+mod columns;
+mod distribution;
+mod gemm;
+mod isa;
+mod math;
+mod norm;
+mod panel;
+mod pool;
+mod rope;
+mod shared;
+mod simd;
+
+pub use activation::{Act, glu, glu_backward};
+pub use adamw::{AdamwStep, adamw, sum_of_squares};
+pub use attention::{
+    AttnShape, PagedRun, Segment, Span, paged_attention, segment_attention, segment_attention_backward,
+};
+pub use bf16::{bf16_panels_len, to_bf16_panels};
+pub use cache::{BLOCK, copy_block, store_kv};
+pub use columns::{add_bias, add_columns, bias_backward, take_columns};
+pub use distribution::{RowStats, Warp, argmax, draw, row_backward, warp_row};
+pub use gemm::{Matrix, Write, linear, linear_dw, linear_dx};
+pub use isa::{Isa, isa, select_isa};
+pub use norm::{add_rms_norm, rms_norm, rms_norm_backward};
+pub use panel::{PANEL, gather_rows, pack_panels, panels_len, scatter_add_rows, unpack_panels};
+pub use pool::Pool;
+pub use rope::{QkNorm, Rope, qk_rope, qk_rope_backward};

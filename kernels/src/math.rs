@@ -1,0 +1,46 @@
+//! Vector exp, tanh and sigmoid: fixed polynomials in fused multiply-adds, the same bits on every instruction set.
+
+use crate::simd::Simd;
+
+/// e^x, at most 2 ulp off; 0 below −104, +inf above 88.73, NaN for NaN.
+///
+/// x = n·ln 2 + r with |r| ≤ ln 2 / 2; e^r by its Taylor series to r^7 (remainder 5e-9 of r^8/8!), then scaled by 2^n.
+#[inline(always)]
+pub(crate) fn exp<S: Simd>(x: S::V) -> S::V {
+    // 1.5·2^23: adding it rounds to a whole number.
+    let magic = S::splat(12_582_912.0);
+    let x = S::max(S::splat(-104.5), S::min(S::splat(89.0), x));
+    let n = S::sub(S::fma(x, S::splat(std::f32::consts::LOG2_E), magic), magic);
+    // ln 2 in two parts; the first has 9 trailing zero bits, so n times it is exact.
+    let r = S::fnma(n, S::splat(0.693_359_4), x);
+    let r = S::fnma(n, S::splat(-2.121_944_4e-4), r);
+    let mut p = S::splat(1.0 / 5040.0);
+    for c in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
+        p = S::fma(p, r, S::splat(c));
+    }
+    S::scale(p, n)
+}
+
+/// 1 / (1 + e^−x).
+#[inline(always)]
+pub(crate) fn sigmoid<S: Simd>(x: S::V) -> S::V {
+    let one = S::splat(1.0);
+    S::div(one, S::add(one, exp::<S>(S::sub(S::splat(0.0), x))))
+}
+
+/// tanh x: an odd polynomial below 1/4 in magnitude, (1 − e) / (1 + e) with e = e^(−2|x|) above.
+#[inline(always)]
+pub(crate) fn tanh<S: Simd>(x: S::V) -> S::V {
+    let one = S::splat(1.0);
+    let size = S::abs(x);
+    let e = exp::<S>(S::mul(S::splat(-2.0), size));
+    let large = S::copysign(S::div(S::sub(one, e), S::add(one, e)), x);
+    let square = S::mul(x, x);
+    // Taylor coefficients of tanh x / x in x².
+    let mut p = S::splat(-1382.0 / 155_925.0);
+    for c in [62.0 / 2835.0, -17.0 / 315.0, 2.0 / 15.0, -1.0 / 3.0] {
+        p = S::fma(p, square, S::splat(c));
+    }
+    let small = S::fma(S::mul(x, square), p, x);
+    S::select_lt(size, S::splat(0.25), small, large)
+}
