@@ -11,6 +11,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use crate::shared::Shared;
+
 /// How long an idle thread watches for work before it parks: about the gap between two kernels of a decode step.
 const SPIN: Duration = Duration::from_micros(30);
 
@@ -99,6 +101,25 @@ impl Pool {
         if let Some(panic) = panic {
             resume_unwind(panic);
         }
+    }
+
+    /// Calls `f(i, chunk)` for each `width`-long chunk of `data` and gives the results in order.
+    pub fn map_chunks<T: Send, R: Send>(
+        &self,
+        data: &mut [T],
+        width: usize,
+        f: impl Fn(usize, &mut [T]) -> R + Sync,
+    ) -> Vec<R> {
+        assert!(width > 0 && data.len().is_multiple_of(width), "{} elements in chunks of {width}", data.len());
+        let items = data.len() / width;
+        let mut results: Vec<Option<R>> = (0..items).map(|_| None).collect();
+        let (chunks, slots) = (Shared::new(data), Shared::new(&mut results));
+        self.run(items, |i| {
+            // SAFETY: item i alone touches chunk i and result i.
+            let (chunk, slot) = unsafe { (chunks.part(i * width, width), slots.part(i, 1)) };
+            slot[0] = Some(f(i, chunk));
+        });
+        results.into_iter().map(|r| r.expect("run calls every item")).collect()
     }
 }
 
