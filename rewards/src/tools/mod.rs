@@ -9,7 +9,7 @@ mod detect;
 mod formats;
 mod json_calls;
 pub(crate) mod py;
-mod pyexpr;
+pub(crate) mod pyexpr;
 mod tagged;
 mod toolrl;
 
