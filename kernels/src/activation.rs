@@ -86,7 +86,7 @@ simd_fn! {
 }
 
 /// 2·sqrt(2/π): the tanh form of GELU is g·σ(z) with z = this·(g + 0.044715·g³).
-const GELU_SLOPE: f32 = 1.595_769_1;
+const GELU_SLOPE: f32 = 1.595_769;
 
 /// σ(z): what share of the gate passes.
 #[inline(always)]

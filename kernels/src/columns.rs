@@ -38,7 +38,6 @@ pub fn bias_backward(pool: &Pool, dy: &[f32], m: usize, db: &mut [f32]) {
 }
 
 /// y[r, offset..offset + n] += scale·src[r, ..] for rows of y `stride` apart; src is [m, n].
-#[allow(clippy::too_many_arguments)]
 pub fn add_columns(
     pool: &Pool,
     y: &mut [f32],
@@ -63,7 +62,6 @@ pub fn add_columns(
 }
 
 /// out[r, ..] = scale·src[r, offset..offset + n] for rows of src `stride` apart; out is [m, n].
-#[allow(clippy::too_many_arguments)]
 pub fn take_columns(
     pool: &Pool,
     src: &[f32],

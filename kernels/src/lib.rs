@@ -9,7 +9,7 @@
 mod activation;
 mod adamw;
 mod attention;
-mod bf16;
+mod buffer;
 mod cache;
 mod columns;
 mod distribution;
@@ -19,6 +19,7 @@ mod math;
 mod norm;
 mod panel;
 mod pool;
+pub mod reference;
 mod rope;
 mod shared;
 mod simd;
@@ -28,11 +29,14 @@ pub use adamw::{AdamwStep, adamw, sum_of_squares};
 pub use attention::{
     AttnShape, PagedRun, Segment, Span, paged_attention, segment_attention, segment_attention_backward,
 };
-pub use bf16::{bf16_panels_len, to_bf16_panels};
+pub use buffer::Buffer;
 pub use cache::{BLOCK, copy_block, store_kv};
 pub use columns::{add_bias, add_columns, bias_backward, take_columns};
 pub use distribution::{RowStats, Warp, argmax, draw, row_backward, warp_row};
-pub use gemm::{Matrix, Write, linear, linear_dw, linear_dx};
+pub use gemm::{
+    Bf16Rule, Matrix, STEP, Write, bf16_panels_len, bf16_rule, linear, linear_dw, linear_dx,
+    select_bf16_rule, to_bf16_panels,
+};
 pub use isa::{Isa, isa, select_isa};
 pub use norm::{add_rms_norm, rms_norm, rms_norm_backward};
 pub use panel::{PANEL, gather_rows, pack_panels, panels_len, scatter_add_rows, unpack_panels};

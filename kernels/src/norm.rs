@@ -51,7 +51,6 @@ pub fn add_rms_norm(
 }
 
 /// dx += the gradient for x; dw += the gradient for w, in row order.
-#[allow(clippy::too_many_arguments)]
 pub fn rms_norm_backward(
     pool: &Pool,
     x: &[f32],

@@ -75,7 +75,6 @@ pub fn qk_rope(
 
 /// Turns dqkv, the gradient for [`qk_rope`]'s output, into the gradient for its input, in place; adds to the weights' gradients
 /// in row order, heads ascending.
-#[allow(clippy::too_many_arguments)]
 pub fn qk_rope_backward(
     pool: &Pool,
     shape: &AttnShape,

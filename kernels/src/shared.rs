@@ -30,4 +30,58 @@ impl<'a, T> Shared<'a, T> {
         // SAFETY: inside the slice, and not aliased by the promise above.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(from), len) }
     }
+
+    /// The rectangle of `rows` × `columns` whose rows start at `from`, `from + stride` …; panics if it reaches outside.
+    ///
+    /// # Safety
+    /// No two blocks or parts that are alive at the same time overlap.
+    pub(crate) unsafe fn block(
+        &self,
+        from: usize,
+        stride: usize,
+        rows: usize,
+        columns: usize,
+    ) -> Block<'a, T> {
+        let reach = if rows == 0 { 0 } else { (rows - 1) * stride + columns };
+        assert!(from <= self.len && reach <= self.len - from, "block {from}+{reach} of {}", self.len);
+        // SAFETY: inside the slice.
+        let start = unsafe { self.start.add(from) };
+        Block { start, stride, rows, columns, life: PhantomData }
+    }
+}
+
+/// A rectangle of a row-major matrix that only its holder reads and writes.
+pub(crate) struct Block<'a, T> {
+    start: *mut T,
+    pub(crate) stride: usize,
+    pub(crate) rows: usize,
+    pub(crate) columns: usize,
+    life: PhantomData<&'a mut [T]>,
+}
+
+impl<T: Copy> Block<'_, T> {
+    /// Where row r starts; it is good for `columns` elements.
+    pub(crate) fn row_start(&self, r: usize) -> *mut T {
+        assert!(r < self.rows);
+        // SAFETY: inside the rectangle.
+        unsafe { self.start.add(r * self.stride) }
+    }
+
+    /// Copies rows `r..r + rows` to the first columns of `to`, whose rows are a panel wide.
+    pub(crate) fn read(&self, r: usize, rows: usize, to: &mut [T]) {
+        for (i, to) in to.chunks_exact_mut(crate::panel::PANEL).take(rows).enumerate() {
+            // SAFETY: a row of the rectangle, which no other item touches.
+            to[..self.columns]
+                .copy_from_slice(unsafe { std::slice::from_raw_parts(self.row_start(r + i), self.columns) });
+        }
+    }
+
+    /// The reverse of [`Block::read`].
+    pub(crate) fn write(&self, r: usize, rows: usize, from: &[T]) {
+        for (i, from) in from.chunks_exact(crate::panel::PANEL).take(rows).enumerate() {
+            // SAFETY: a row of the rectangle, which no other item touches.
+            unsafe { std::slice::from_raw_parts_mut(self.row_start(r + i), self.columns) }
+                .copy_from_slice(&from[..self.columns]);
+        }
+    }
 }

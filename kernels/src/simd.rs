@@ -47,6 +47,48 @@ pub(crate) trait Simd: Copy {
     /// The high 16 bits of each lane as a bf16 number.
     fn bf16_high(v: Self::V) -> Self::V;
 
+    /// Writes the lanes rounded to bf16, to nearest even; NaN stays NaN.
+    ///
+    /// # Safety
+    /// 16 elements are writable at `p`.
+    unsafe fn write_bf16(v: Self::V, p: *mut u16);
+
+    /// Lane i holds `even[i]` in its low and `odd[i]` in its high half, rounded to bf16.
+    fn pair_bf16(even: Self::V, odd: Self::V) -> Self::V {
+        let (even, odd) = (Self::to_array(even), Self::to_array(odd));
+        let mut both = [0.0; LANES];
+        for i in 0..LANES {
+            let bits = u32::from(crate::gemm::round(odd[i])) << 16 | u32::from(crate::gemm::round(even[i]));
+            both[i] = f32::from_bits(bits);
+        }
+        Self::load(&both)
+    }
+
+    /// From lanes that hold two halves each: 32 lanes (low a, low b), (high a, high b), lane after lane.
+    fn weave_bf16(a: Self::V, b: Self::V) -> (Self::V, Self::V) {
+        let (a, b) = (Self::to_array(a), Self::to_array(b));
+        let mut woven = [0.0; 2 * LANES];
+        for i in 0..LANES {
+            let (a, b) = (a[i].to_bits(), b[i].to_bits());
+            woven[2 * i] = f32::from_bits(a & 0xffff | b << 16);
+            woven[2 * i + 1] = f32::from_bits(a >> 16 | b & 0xffff_0000);
+        }
+        (Self::load(&woven), Self::load(&woven[LANES..]))
+    }
+
+    /// Transposes 16 × 16.
+    #[inline(always)]
+    fn transpose(rows: &mut [Self::V; LANES]) {
+        let from = rows.map(Self::to_array);
+        for (i, row) in rows.iter_mut().enumerate() {
+            let mut column = [0.0; LANES];
+            for j in 0..LANES {
+                column[j] = from[j][i];
+            }
+            *row = Self::load(&column);
+        }
+    }
+
     /// The first 16 elements, zeros where there are fewer.
     #[inline(always)]
     fn load(s: &[f32]) -> Self::V {
@@ -199,6 +241,13 @@ impl Simd for Portable {
     fn bf16_high(v: Self::V) -> Self::V {
         lanewise!(|v| f32::from_bits(v.to_bits() & 0xffff_0000))
     }
+    #[inline(always)]
+    unsafe fn write_bf16(v: Self::V, p: *mut u16) {
+        for (i, x) in v.into_iter().enumerate() {
+            // SAFETY: promised by the caller.
+            unsafe { p.add(i).write(crate::gemm::round(x)) };
+        }
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -302,6 +351,72 @@ mod x86 {
         fn bf16_high(v: __m512) -> __m512 {
             hw!(_mm512_and_ps(v, _mm512_castsi512_ps(_mm512_set1_epi32(0xffff_0000u32 as i32))))
         }
+        #[inline(always)]
+        unsafe fn write_bf16(v: __m512, p: *mut u16) {
+            hw!({
+                let up = rounded_bf16(v);
+                _mm256_storeu_si256(p.cast(), _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(up)));
+            })
+        }
+        #[inline(always)]
+        fn pair_bf16(even: __m512, odd: __m512) -> __m512 {
+            hw!({
+                let (even, odd) = (rounded_bf16(even), rounded_bf16(odd));
+                let high = _mm512_and_si512(odd, _mm512_set1_epi32(0xffff_0000u32 as i32));
+                _mm512_castsi512_ps(_mm512_or_si512(_mm512_srli_epi32::<16>(even), high))
+            })
+        }
+        #[inline(always)]
+        fn weave_bf16(a: __m512, b: __m512) -> (__m512, __m512) {
+            hw!({
+                let (a, b) = (_mm512_castps_si512(a), _mm512_castps_si512(b));
+                let low = _mm512_mask_blend_epi16(0xaaaa_aaaa, a, _mm512_slli_epi32::<16>(b));
+                let high = _mm512_mask_blend_epi16(0xaaaa_aaaa, _mm512_srli_epi32::<16>(a), b);
+                let first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+                let second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+                let lower = _mm512_permutex2var_epi32(low, first, high);
+                let upper = _mm512_permutex2var_epi32(low, second, high);
+                (_mm512_castsi512_ps(lower), _mm512_castsi512_ps(upper))
+            })
+        }
+        #[inline(always)]
+        fn transpose(r: &mut [__m512; 16]) {
+            hw!({
+                // Within groups of four rows: 4×4 blocks of every 128-bit lane.
+                for q in r.chunks_exact_mut(4) {
+                    let (a, b) = (_mm512_unpacklo_ps(q[0], q[1]), _mm512_unpackhi_ps(q[0], q[1]));
+                    let (c, d) = (_mm512_unpacklo_ps(q[2], q[3]), _mm512_unpackhi_ps(q[2], q[3]));
+                    q[0] = _mm512_shuffle_ps::<0b01_00_01_00>(a, c);
+                    q[1] = _mm512_shuffle_ps::<0b11_10_11_10>(a, c);
+                    q[2] = _mm512_shuffle_ps::<0b01_00_01_00>(b, d);
+                    q[3] = _mm512_shuffle_ps::<0b11_10_11_10>(b, d);
+                }
+                // Then the 4×4 matrix of lanes.
+                for i in 0..4 {
+                    let (a, b, c, d) = (r[i], r[i + 4], r[i + 8], r[i + 12]);
+                    let ab = _mm512_shuffle_f32x4::<0b10_00_10_00>(a, b);
+                    let ab_odd = _mm512_shuffle_f32x4::<0b11_01_11_01>(a, b);
+                    let cd = _mm512_shuffle_f32x4::<0b10_00_10_00>(c, d);
+                    let cd_odd = _mm512_shuffle_f32x4::<0b11_01_11_01>(c, d);
+                    r[i] = _mm512_shuffle_f32x4::<0b10_00_10_00>(ab, cd);
+                    r[i + 8] = _mm512_shuffle_f32x4::<0b11_01_11_01>(ab, cd);
+                    r[i + 4] = _mm512_shuffle_f32x4::<0b10_00_10_00>(ab_odd, cd_odd);
+                    r[i + 12] = _mm512_shuffle_f32x4::<0b11_01_11_01>(ab_odd, cd_odd);
+                }
+            })
+        }
+    }
+
+    /// Bits of the lanes after rounding to bf16; the low halves are leftovers.
+    #[inline(always)]
+    unsafe fn rounded_bf16(v: __m512) -> __m512i {
+        hw!({
+            let bits = _mm512_castps_si512(v);
+            let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+            let up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+            let nan = _mm512_or_si512(bits, _mm512_set1_epi32(0x40_0000));
+            _mm512_mask_blend_epi32(_mm512_cmp_ps_mask::<_CMP_UNORD_Q>(v, v), up, nan)
+        })
     }
 
     #[derive(Clone, Copy)]
@@ -406,6 +521,22 @@ mod x86 {
         fn bf16_high(v: Pair) -> Pair {
             both!(|v| _mm256_and_ps(v, _mm256_castsi256_ps(_mm256_set1_epi32(0xffff_0000u32 as i32))))
         }
+        #[inline(always)]
+        unsafe fn write_bf16(v: Pair, p: *mut u16) {
+            let up = both!(|v| {
+                let bits = _mm256_castps_si256(v);
+                let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+                let up = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+                let nan = _mm256_or_si256(bits, _mm256_set1_epi32(0x40_0000));
+                let up =
+                    _mm256_blendv_epi8(up, nan, _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(v, v)));
+                _mm256_castsi256_ps(_mm256_srli_epi32::<16>(up))
+            });
+            hw!({
+                let packed = _mm256_packus_epi32(_mm256_castps_si256(up.0), _mm256_castps_si256(up.1));
+                _mm256_storeu_si256(p.cast(), _mm256_permute4x64_epi64::<0b11_01_10_00>(packed));
+            })
+        }
     }
 }
 
@@ -415,19 +546,16 @@ macro_rules! simd_fn {
         $(#[$meta])*
         $vis fn $name($($arg: $ty),*) $(-> $ret)? {
             #[inline(always)]
-            #[allow(clippy::too_many_arguments)]
             fn body<$S: $crate::simd::Simd>($($arg: $ty),*) $(-> $ret)? $body
 
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
-            #[allow(clippy::too_many_arguments)]
             fn avx512($($arg: $ty),*) $(-> $ret)? {
                 body::<$crate::simd::Avx512>($($arg),*)
             }
 
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx2,fma")]
-            #[allow(clippy::too_many_arguments)]
             fn avx2($($arg: $ty),*) $(-> $ret)? {
                 body::<$crate::simd::Avx2>($($arg),*)
             }

@@ -13,7 +13,6 @@ use crate::simd::{LANES, Simd, simd_fn};
 
 /// dqkv = gradient for the fused rows, given the forward's `out` and `dout`, both [rows, heads·d]. All of dqkv is overwritten; rows
 /// of no segment get zero.
-#[allow(clippy::too_many_arguments)]
 pub fn segment_attention_backward(
     pool: &Pool,
     shape: &AttnShape,

@@ -1,0 +1,106 @@
+//! Linear layers on panels: forward, input gradient and weight gradient.
+//!
+//! **f32**: an output element is one chain of fused multiply-adds, c ← a·w + c, over the summed dimension from first to last; it
+//! starts at zero or at the stored value. Cutting the walk and storing between the pieces changes no bit; neither does the
+//! choice of tiles, threads or blocks.
+//!
+//! **bf16**: both factors are rounded to bf16 (to nearest even) and summed in f32, by blocks of [`STEP`] summands counted from
+//! the start of the call (a short last block is filled with zeros). How a block is summed is the hardware's rule ([`Bf16Rule`]),
+//! the same for every shape within a process. A weight gradient cut at multiples of [`STEP`] rows keeps its bits.
+
+mod amx;
+mod bf16;
+mod f32;
+
+pub(crate) use bf16::round;
+pub use bf16::{Bf16Rule, STEP, bf16_panels_len, bf16_rule, select_bf16_rule, to_bf16_panels};
+
+use crate::panel::panels_len;
+use crate::pool::Pool;
+
+/// An [n, k] weight matrix (n outputs, k inputs) in panels.
+#[derive(Clone, Copy, Debug)]
+pub struct Matrix<'a> {
+    /// Outputs.
+    pub n: usize,
+    /// Inputs.
+    pub k: usize,
+    /// [`panels_len`] numbers; may be empty where `bf16` is there.
+    pub f32: &'a [f32],
+    /// [`bf16_panels_len`] numbers; where present, products are made in bf16 and summed in f32.
+    pub bf16: Option<&'a [u16]>,
+}
+
+impl Matrix<'_> {
+    fn check(&self) {
+        match self.bf16 {
+            Some(bf16) => assert_eq!(bf16.len(), bf16_panels_len(self.n, self.k), "bf16 panels of [n, k]"),
+            None => assert_eq!(self.f32.len(), panels_len(self.n, self.k), "panels of [n, k]"),
+        }
+    }
+}
+
+/// Whether an output is overwritten, or the chain of sums starts at the stored value.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Write {
+    /// Start at zero.
+    Set,
+    /// Start at the stored value.
+    Add,
+}
+
+/// y[m, n] = x[m, k]·Wᵀ. With bf16 weights x is rounded to bf16 and sums are f32.
+pub fn linear(pool: &Pool, x: &[f32], m: usize, w: Matrix, y: &mut [f32], write: Write) {
+    w.check();
+    assert_eq!(x.len(), m * w.k, "x is [m, k]");
+    assert_eq!(y.len(), m * w.n, "y is [m, n]");
+    match w.bf16 {
+        Some(bf16) => bf16::forward(pool, x, m, bf16, w.n, w.k, y, write),
+        None => f32::forward(pool, x, m, w.f32, w.n, w.k, y, write),
+    }
+}
+
+/// dx[m, k] = dy[m, n]·W, summed over n ascending. With bf16 weights dy is rounded to bf16 and sums are f32.
+///
+/// `scratch` is reused from call to call; it holds a transposed part of the weights.
+pub fn linear_dx(
+    pool: &Pool,
+    dy: &[f32],
+    m: usize,
+    w: Matrix,
+    dx: &mut [f32],
+    write: Write,
+    scratch: &mut Vec<f32>,
+) {
+    w.check();
+    assert_eq!(dy.len(), m * w.n, "dy is [m, n]");
+    assert_eq!(dx.len(), m * w.k, "dx is [m, k]");
+    match w.bf16 {
+        Some(bf16) => bf16::input_gradient(pool, dy, m, bf16, w.n, w.k, dx, write),
+        None => f32::input_gradient(pool, dy, m, w.f32, w.n, w.k, dx, write, scratch),
+    }
+}
+
+/// dW[n, k] += dyᵀ[n, m]·x[m, k] in panels, starting from the stored values.
+///
+/// In f32 rows are added one after another, so that splitting them into several calls gives the same bits. With `bf16` both sides
+/// are rounded to bf16 and rows are added by blocks of [`STEP`]: splits at multiples of it give the same bits.
+pub fn linear_dw(
+    pool: &Pool,
+    dy: &[f32],
+    x: &[f32],
+    m: usize,
+    n: usize,
+    k: usize,
+    dw_panels: &mut [f32],
+    bf16: bool,
+) {
+    assert_eq!(dy.len(), m * n, "dy is [m, n]");
+    assert_eq!(x.len(), m * k, "x is [m, k]");
+    assert_eq!(dw_panels.len(), panels_len(n, k), "panels of [n, k]");
+    if bf16 {
+        bf16::weight_gradient(pool, dy, x, m, n, k, dw_panels);
+    } else {
+        f32::weight_gradient(pool, dy, x, m, n, k, dw_panels);
+    }
+}
