@@ -17,6 +17,7 @@ pub mod error;
 pub mod eval;
 pub mod learner;
 pub mod loss;
+pub mod memory;
 pub mod model;
 pub mod report;
 pub mod reward;

@@ -1,1 +1,135 @@
-//! step
+//! One update: micro-batches forward, an objective's gradient, backward, accumulate, clip, AdamW.
+//!
+//! The learner does not know what it optimises: an objective sees the scores of a micro-batch and answers with
+//! the loss gradient of each logprob and entropy. Objectives get normalisers of the whole batch, so how a batch
+//! is cut into micro-batches changes nothing (the gradient buffer adds rows in one fixed order).
+
+use rft_kernels::{Pool, Warp};
+
+use crate::config::OptimizerConfig;
+use crate::error::{EngineError, Result};
+use crate::learner::batch::{GroupTokens, Piece, micro_batches, pack};
+use crate::learner::optimizer::AdamW;
+use crate::model::backprop::{Scores, Trainer};
+use crate::model::policy::{Grads, Policy, Weights};
+
+/// Gradient of the loss of one micro-batch, by target.
+#[derive(Debug, Default)]
+pub struct ScoreGrads {
+    /// d loss / d logprob.
+    pub logprobs: Vec<f32>,
+    /// d loss / d entropy.
+    pub entropies: Vec<f32>,
+}
+
+/// What an update did.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct UpdateStats {
+    /// Norm of the gradient before clipping.
+    pub grad_norm: f64,
+    /// Rows computed: prompt tokens once a group and completion tokens.
+    pub rows: usize,
+}
+
+/// Gradient buffers, optimizer state and activations of one policy.
+#[derive(Debug)]
+pub struct Learner {
+    trainer: Trainer,
+    grads: Grads,
+    /// Optimizer state; saved in checkpoints.
+    pub adam: AdamW,
+    max_rows: usize,
+}
+
+impl Learner {
+    /// A learner whose micro-batches hold at most `max_rows` rows.
+    pub fn new(policy: &Policy, max_rows: usize) -> Self {
+        Self {
+            trainer: Trainer::default(),
+            grads: policy.new_grads(),
+            adam: AdamW::new(policy.trainable().trainable_len()),
+            max_rows,
+        }
+    }
+
+    /// Forgets the optimizer's moments, for a new stage.
+    pub fn reset_optimizer(&mut self) {
+        self.adam = AdamW::new(self.adam.m.len());
+    }
+
+    /// Logprobs and entropies of every completion token under `weights`, without gradients; in target order.
+    pub fn score(&mut self, pool: &Pool, weights: &Weights, groups: &[GroupTokens], warp: &Warp) -> Scores {
+        let mut all = Scores::default();
+        for pieces in micro_batches(groups, self.max_rows) {
+            let scores = self.trainer.score(pool, weights, &pack(groups, &pieces), warp);
+            all.logprobs.extend(scores.logprobs);
+            all.entropies.extend(scores.entropies);
+        }
+        all
+    }
+
+    /// Accumulates the gradient over all micro-batches and applies one update.
+    ///
+    /// # Errors
+    /// A logprob, loss gradient or gradient norm that is not finite: nothing is updated, the sample is named by
+    /// group and completion. Whatever the objective reports.
+    #[allow(clippy::too_many_arguments)]
+    pub fn update(
+        &mut self,
+        pool: &Pool,
+        policy: &mut Policy,
+        groups: &[GroupTokens],
+        warp: &Warp,
+        optimizer: &OptimizerConfig,
+        lr: f64,
+        mut objective: impl FnMut(&[Piece], &Scores) -> Result<ScoreGrads>,
+    ) -> Result<UpdateStats> {
+        self.grads.clear();
+        let mut stats = UpdateStats::default();
+        let weights = policy.weights();
+        for pieces in micro_batches(groups, self.max_rows) {
+            let batch = pack(groups, &pieces);
+            stats.rows += batch.tokens.len();
+            let scores = self.trainer.forward(pool, &weights, &batch, warp);
+            let d = objective(&pieces, &scores)?;
+            check_finite("logprob", groups, &pieces, &scores.entropies)?;
+            check_finite("loss gradient", groups, &pieces, &d.logprobs)?;
+            check_finite("entropy gradient", groups, &pieces, &d.entropies)?;
+            self.trainer.backward(pool, &weights, &batch, warp, &d.logprobs, &d.entropies, &mut self.grads);
+        }
+        self.trainer.finish(pool, &weights, &mut self.grads);
+        let grads = if policy.adapter.is_some() { &self.grads.adapter } else { &self.grads.base };
+        if !rft_kernels::sum_of_squares(pool, grads).is_finite() {
+            return Err(EngineError::Numeric(
+                "the gradient is not finite though every loss term is; nothing was updated. \
+                 hint: lower optimizer.lr or resume from an earlier checkpoint"
+                    .into(),
+            ));
+        }
+        stats.grad_norm = self.adam.step(pool, policy.trainable_mut(), grads, optimizer, lr);
+        policy.version.0 += 1;
+        Ok(stats)
+    }
+
+    /// The gradient of the last update, laid out as the trainable arena's slots.
+    pub fn last_grads(&self) -> &Grads {
+        &self.grads
+    }
+}
+
+fn check_finite(what: &str, groups: &[GroupTokens], pieces: &[Piece], values: &[f32]) -> Result<()> {
+    let Some(mut at) = values.iter().position(|v| !v.is_finite()) else { return Ok(()) };
+    for piece in pieces {
+        for c in piece.completions.clone() {
+            let len = groups[piece.group].completions[c].len();
+            if at < len {
+                return Err(EngineError::Numeric(format!(
+                    "{what} is not finite at token {at} of completion {c} of group {}; nothing was updated",
+                    piece.group
+                )));
+            }
+            at -= len;
+        }
+    }
+    unreachable!("values cover exactly the pieces' tokens")
+}

@@ -1,1 +1,311 @@
-//! backprop
+//! The training forward and backward: packed, prefix-shared sequences in, logprobs out, gradients back.
+//!
+//! A [`PackedBatch`] holds the tokens of whole groups: a group's prompt once, its completions behind it, each
+//! seeing the prompt's keys and values. Per layer only what [`LayerActs`] lists is kept. The vocabulary
+//! projection runs in chunks of targets, forward and again in the backward, so no `[tokens, vocab]` tensor exists.
+//!
+//! Shapes: m rows, t targets, h hidden, v vocab.
+
+use rft_kernels::{
+    Pool, RowStats, Segment, Warp, Write, glu, glu_backward, linear_dw, linear_dx, qk_rope, qk_rope_backward,
+    rms_norm_backward, row_backward, scatter_add_rows, segment_attention_backward, warp_row,
+};
+
+use crate::model::decoder::{Attend, LayerActs, LayerScratch, layer_forward};
+use crate::model::params::SlotId;
+use crate::model::policy::{Grads, Projection, Weights};
+use crate::types::TokenId;
+
+/// A token whose logprob is wanted: `token` drawn from the distribution at `row`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Target {
+    /// Row of the batch whose hidden state predicts it.
+    pub row: usize,
+    /// The token.
+    pub token: TokenId,
+}
+
+/// Packed sequences of one micro-batch.
+#[derive(Debug, Clone, Default)]
+pub struct PackedBatch {
+    /// Token of each row `[m]`.
+    pub tokens: Vec<TokenId>,
+    /// Position of each row in its own sequence `[m]`.
+    pub positions: Vec<u32>,
+    /// Which rows see which.
+    pub segments: Vec<Segment>,
+    /// Wanted logprobs `[t]`, in the order of the results.
+    pub targets: Vec<Target>,
+}
+
+/// Logprobs (natural log) and entropies (nats) of a batch's targets, both `[t]`, under the stated distribution.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Scores {
+    /// log p(token).
+    pub logprobs: Vec<f32>,
+    /// Entropy of the distribution that the token is drawn from.
+    pub entropies: Vec<f32>,
+}
+
+/// Buffers of a training pass, kept between micro-batches.
+#[derive(Debug, Default)]
+pub struct Trainer {
+    acts: Vec<LayerActs>,
+    h: Vec<f32>,
+    final_normed: Vec<f32>,
+    scratch: LayerScratch,
+    back: BackScratch,
+    logits: Vec<f32>,
+    raw: Vec<f32>,
+    chunk: Vec<f32>,
+    d_chunk: Vec<f32>,
+    embed_rows: Vec<f32>,
+    embed_ids: Vec<u32>,
+}
+
+#[derive(Debug, Default)]
+struct BackScratch {
+    dh: Vec<f32>,
+    dx: Vec<f32>,
+    d_act: Vec<f32>,
+    d_gate_up: Vec<f32>,
+    d_attn: Vec<f32>,
+    d_qkv: Vec<f32>,
+    d_delta: Vec<f32>,
+    transpose: Vec<f32>,
+}
+
+/// Bytes that the chunk of logits may take; a chunk has at least 8 targets.
+pub const LOGITS_CHUNK_BYTES: usize = 16 << 20;
+
+/// Targets whose logits are alive at once.
+fn chunk_targets(vocab: usize) -> usize {
+    (LOGITS_CHUNK_BYTES / (4 * vocab)).clamp(8, 512)
+}
+
+/// Activation bytes that a training pass keeps for each row.
+pub fn activation_bytes_per_row(w: &Weights) -> usize {
+    let s = w.spec;
+    let q = s.heads * s.head_dim;
+    let kv = s.kv_heads * s.head_dim;
+    let sandwich = if s.sandwich_norms { 2 * s.hidden } else { 0 };
+    let kept = 2 * s.hidden + q + 2 * kv + q + 2 * s.ffn + sandwich;
+    let live = 8 * s.hidden + 4 * (q + 2 * kv) + 5 * s.ffn;
+    4 * (s.layers * kept + live)
+}
+
+impl Trainer {
+    /// Logprobs and entropies of the batch's targets; activations are kept for [`Trainer::backward`].
+    pub fn forward(&mut self, pool: &Pool, w: &Weights, batch: &PackedBatch, warp: &Warp) -> Scores {
+        self.acts.resize_with(w.spec.layers, LayerActs::default);
+        w.embed(pool, &batch.tokens, &mut self.h);
+        for layer in 0..w.spec.layers {
+            let attend = Attend::Segments(&batch.segments);
+            let acts = &mut self.acts[layer];
+            layer_forward(pool, w, layer, &batch.positions, attend, &mut self.h, acts, &mut self.scratch);
+        }
+        self.head_forward(pool, w, batch, warp)
+    }
+
+    /// As [`Trainer::forward`], keeping nothing: for reference logprobs.
+    pub fn score(&mut self, pool: &Pool, w: &Weights, batch: &PackedBatch, warp: &Warp) -> Scores {
+        self.acts.resize_with(1, LayerActs::default);
+        w.embed(pool, &batch.tokens, &mut self.h);
+        for layer in 0..w.spec.layers {
+            let attend = Attend::Segments(&batch.segments);
+            let acts = &mut self.acts[0];
+            layer_forward(pool, w, layer, &batch.positions, attend, &mut self.h, acts, &mut self.scratch);
+        }
+        self.head_forward(pool, w, batch, warp)
+    }
+
+    /// Adds the gradients of `sum(d_logprobs * logprobs + d_entropies * entropies)` to `grads`, after
+    /// [`Trainer::forward`] of the same batch. The embedding's share waits for [`Trainer::finish`].
+    #[allow(clippy::too_many_arguments)]
+    pub fn backward(
+        &mut self,
+        pool: &Pool,
+        w: &Weights,
+        batch: &PackedBatch,
+        warp: &Warp,
+        d_logprobs: &[f32],
+        d_entropies: &[f32],
+        grads: &mut Grads,
+    ) {
+        self.head_backward(pool, w, batch, warp, d_logprobs, d_entropies, grads);
+        for layer in (0..w.spec.layers).rev() {
+            layer_backward(
+                pool, w, layer, batch, &self.acts[layer], &mut self.scratch, &mut self.back, grads,
+            );
+        }
+        if w.base.grad_range(w.slots.embed).is_some() {
+            let scale = w.spec.embed_scale;
+            self.embed_rows.extend(self.back.dh.iter().map(|d| d * scale));
+            self.embed_ids.extend_from_slice(&batch.tokens);
+        }
+    }
+
+    /// Adds the embedding's input gradients of all micro-batches since the last call, rows in order, after
+    /// all of the head's: so tied weights sum in the same order however the batch was split.
+    pub fn finish(&mut self, pool: &Pool, w: &Weights, grads: &mut Grads) {
+        if let Some(range) = w.base.grad_range(w.slots.embed) {
+            let table = w.base.matrix(w.slots.embed);
+            scatter_add_rows(pool, &self.embed_rows, &self.embed_ids, table.n, table.k, &mut grads.base[range]);
+        }
+        self.embed_rows.clear();
+        self.embed_ids.clear();
+    }
+
+    fn gather_chunk(&mut self, targets: &[Target], hidden: usize) {
+        self.chunk.clear();
+        for target in targets {
+            self.chunk.extend_from_slice(&self.final_normed[target.row * hidden..(target.row + 1) * hidden]);
+        }
+    }
+
+    fn head_forward(&mut self, pool: &Pool, w: &Weights, batch: &PackedBatch, warp: &Warp) -> Scores {
+        let (hidden, vocab) = (w.spec.hidden, w.spec.vocab);
+        w.norm(pool, w.slots.final_norm, &self.h, &mut self.final_normed);
+        let mut scores = Scores::default();
+        for targets in batch.targets.chunks(chunk_targets(vocab)) {
+            self.gather_chunk(targets, hidden);
+            w.logits(pool, &self.chunk, &mut self.logits);
+            for (stats, logit) in warp_rows(pool, &mut self.logits, vocab, targets, warp) {
+                scores.logprobs.push(logit - stats.lse);
+                scores.entropies.push(stats.entropy);
+            }
+        }
+        scores
+    }
+
+    /// Leaves the gradient of the residual stream in `back.dh`.
+    #[allow(clippy::too_many_arguments)]
+    fn head_backward(
+        &mut self,
+        pool: &Pool,
+        w: &Weights,
+        batch: &PackedBatch,
+        warp: &Warp,
+        d_logprobs: &[f32],
+        d_entropies: &[f32],
+        grads: &mut Grads,
+    ) {
+        let (hidden, vocab) = (w.spec.hidden, w.spec.vocab);
+        let head = w.base.matrix(w.slots.head);
+        let mut d_normed = vec![0.0; self.h.len()];
+        let step = chunk_targets(vocab);
+        for (c, targets) in batch.targets.chunks(step).enumerate() {
+            self.gather_chunk(targets, hidden);
+            w.logits(pool, &self.chunk, &mut self.logits);
+            if w.spec.final_softcap.is_some() {
+                self.raw.clone_from(&self.logits);
+            }
+            let stats = warp_rows(pool, &mut self.logits, vocab, targets, warp);
+            let (raw, cap) = (&self.raw, w.spec.final_softcap);
+            pool.map_chunks(&mut self.logits, vocab, |i, row| {
+                let (at, token) = (c * step + i, targets[i].token);
+                row_backward(row, &stats[i].0, warp.temperature, token, d_logprobs[at], d_entropies[at]);
+                if let Some(cap) = cap {
+                    for (d, capped) in row.iter_mut().zip(&raw[i * vocab..]) {
+                        *d *= 1.0 - (capped / cap).powi(2);
+                    }
+                }
+            });
+            self.d_chunk.resize(self.chunk.len(), 0.0);
+            linear_dx(
+                pool, &self.logits, targets.len(), head, &mut self.d_chunk, Write::Set, &mut self.back.transpose,
+            );
+            if let Some(range) = w.base.grad_range(w.slots.head) {
+                let bf16 = head.bf16.is_some();
+                linear_dw(
+                    pool, &self.logits, &self.chunk, targets.len(), vocab, hidden, &mut grads.base[range], bf16,
+                );
+            }
+            for (target, d_row) in targets.iter().zip(self.d_chunk.chunks_exact(hidden)) {
+                let sum = &mut d_normed[target.row * hidden..(target.row + 1) * hidden];
+                sum.iter_mut().zip(d_row).for_each(|(a, b)| *a += b);
+            }
+        }
+        self.back.dh.clear();
+        self.back.dh.resize(self.h.len(), 0.0);
+        norm_backward(pool, w, w.slots.final_norm, &self.h, &d_normed, &mut self.back.dh, grads);
+    }
+}
+
+/// Warps the rows of a chunk of logits; gives each row's statistics and its target's warped logit.
+fn warp_rows(pool: &Pool, logits: &mut [f32], vocab: usize, targets: &[Target], warp: &Warp) -> Vec<(RowStats, f32)> {
+    pool.map_chunks(logits, vocab, |i, row| {
+        let stats = warp_row(row, warp, &mut Vec::new());
+        (stats, row[targets[i].token as usize])
+    })
+}
+
+/// `dx +=` the gradient of an RMS norm, and its weight's gradient where it trains.
+fn norm_backward(pool: &Pool, w: &Weights, id: SlotId, x: &[f32], dy: &[f32], dx: &mut [f32], grads: &mut Grads) {
+    let (eps, offset) = (w.spec.norm_eps, w.spec.norm_offset);
+    let dw = w.base.grad_range(id).map(|range| &mut grads.base[range]);
+    rms_norm_backward(pool, x, w.base.values(id), eps, offset, dy, dx, dw);
+}
+
+/// Turns `back.dh`, the gradient of a layer's output, into that of its input.
+#[allow(clippy::too_many_arguments)]
+fn layer_backward(
+    pool: &Pool,
+    w: &Weights,
+    layer: usize,
+    batch: &PackedBatch,
+    acts: &LayerActs,
+    s: &mut LayerScratch,
+    b: &mut BackScratch,
+    grads: &mut Grads,
+) {
+    let slots = &w.slots.layers[layer];
+    let shape = w.attention(layer);
+    let m = batch.tokens.len();
+
+    w.norm(pool, slots.mlp_norm, &acts.h_mid, &mut s.x);
+    s.act.resize(m * w.spec.ffn, 0.0);
+    glu(pool, &acts.gate_up, m, w.spec.ffn, w.act(), &mut s.act);
+    let d_down = through_sandwich(pool, w, slots.post_mlp_norm, &acts.down, &b.dh, &mut b.d_delta, grads);
+    w.project_backward(pool, layer, Projection::Down, &s.act, d_down, &mut b.d_act, grads, &mut s.project);
+    b.d_gate_up.resize(acts.gate_up.len(), 0.0);
+    glu_backward(pool, &acts.gate_up, m, w.spec.ffn, w.act(), &b.d_act, &mut b.d_gate_up);
+    w.project_backward(pool, layer, Projection::GateUp, &s.x, &b.d_gate_up, &mut b.dx, grads, &mut s.project);
+    norm_backward(pool, w, slots.mlp_norm, &acts.h_mid, &b.dx, &mut b.dh, grads);
+
+    let d_o = through_sandwich(pool, w, slots.post_attn_norm, &acts.o, &b.dh, &mut b.d_delta, grads);
+    w.project_backward(pool, layer, Projection::O, &acts.attn, d_o, &mut b.d_attn, grads, &mut s.project);
+    s.qkv.resize(acts.qkv.len(), 0.0);
+    qk_rope(pool, &shape, &acts.qkv, w.qk_norm(layer), w.rope(layer), &batch.positions, &mut s.qkv);
+    b.d_qkv.resize(acts.qkv.len(), 0.0);
+    segment_attention_backward(pool, &shape, &s.qkv, &batch.segments, &acts.attn, &b.d_attn, &mut b.d_qkv);
+    let (mut dq_norm, mut dk_norm) = (None, None);
+    if let Some((q, k)) = slots.qk_norm
+        && let (Some(q), Some(k)) = (w.base.grad_range(q), w.base.grad_range(k))
+    {
+        let [dq, dk] = grads.base.get_disjoint_mut([q, k]).expect("slots do not overlap");
+        (dq_norm, dk_norm) = (Some(dq), Some(dk));
+    }
+    let (norm, rope) = (w.qk_norm(layer), w.rope(layer));
+    qk_rope_backward(pool, &shape, &acts.qkv, norm, rope, &batch.positions, &mut b.d_qkv, dq_norm, dk_norm);
+    w.norm(pool, slots.attn_norm, &acts.h_in, &mut s.x);
+    w.project_backward(pool, layer, Projection::Qkv, &s.x, &b.d_qkv, &mut b.dx, grads, &mut s.project);
+    norm_backward(pool, w, slots.attn_norm, &acts.h_in, &b.dx, &mut b.dh, grads);
+}
+
+/// The gradient below a sandwich norm, or `dh` itself where there is none.
+fn through_sandwich<'a>(
+    pool: &Pool,
+    w: &Weights,
+    norm: Option<SlotId>,
+    x: &[f32],
+    dh: &'a [f32],
+    out: &'a mut Vec<f32>,
+    grads: &mut Grads,
+) -> &'a [f32] {
+    let Some(id) = norm else { return dh };
+    out.clear();
+    out.resize(dh.len(), 0.0);
+    norm_backward(pool, w, id, x, dh, out, grads);
+    out
+}

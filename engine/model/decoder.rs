@@ -1,1 +1,203 @@
-//! decoder
+//! The forward pass of a decoder layer, shared by rollout and learner, and the paged decoder of the rollouts.
+//!
+//! One function, [`layer_forward`], runs a layer for both; only the source of keys and values differs
+//! ([`Attend`]). Together with kernels whose sums do not depend on rows, pages or chunks, this makes the
+//! sampler's and the learner's logprobs equal bit for bit.
+//!
+//! Shapes: m rows (tokens of any mix of sequences), hidden h, q = heads * head_dim, f = ffn.
+
+use rft_kernels::{
+    PagedRun, Pool, QkNorm, Segment, Write, add_columns, add_rms_norm, gather_rows, glu, linear, paged_attention,
+    qk_rope, rms_norm, segment_attention, store_kv,
+};
+
+use crate::model::params::SlotId;
+use crate::model::policy::{ProjectScratch, Projection, Weights};
+use crate::rollout::{KvCache, PagedBatch, PagedModel};
+
+/// Where a layer's queries find their keys and values.
+pub(super) enum Attend<'a> {
+    /// In a KV cache, after this batch's own were stored at `slots`.
+    Paged { runs: &'a [PagedRun<'a>], slots: &'a [u32], k: &'a mut [f32], v: &'a mut [f32] },
+    /// In the batch itself: packed, prefix-shared sequences.
+    Segments(&'a [Segment]),
+}
+
+/// What the backward pass needs of a layer's forward; norms, rotations and gates are cheap and are recomputed.
+#[derive(Debug, Default)]
+pub(super) struct LayerActs {
+    /// Residual stream at the layer's input `[m, h]`.
+    pub h_in: Vec<f32>,
+    /// Queries, keys and values before norm and rotation `[m, q + 2 kv]`.
+    pub qkv: Vec<f32>,
+    /// Attention output before its projection `[m, q]`.
+    pub attn: Vec<f32>,
+    /// Projected attention output before its sandwich norm `[m, h]` (empty without sandwich norms).
+    pub o: Vec<f32>,
+    /// Residual stream after attention `[m, h]`.
+    pub h_mid: Vec<f32>,
+    /// Gate and up `[m, 2 f]`.
+    pub gate_up: Vec<f32>,
+    /// Feed-forward output before its sandwich norm `[m, h]` (empty without sandwich norms).
+    pub down: Vec<f32>,
+}
+
+/// Buffers reused from layer to layer.
+#[derive(Debug, Default)]
+pub(super) struct LayerScratch {
+    pub x: Vec<f32>,
+    pub qkv: Vec<f32>,
+    pub act: Vec<f32>,
+    pub delta: Vec<f32>,
+    pub project: ProjectScratch,
+}
+
+impl<'a> Weights<'a> {
+    pub(super) fn qk_norm(&self, layer: usize) -> Option<QkNorm<'a>> {
+        self.slots.layers[layer].qk_norm.map(|(q, k)| QkNorm {
+            q: self.base.values(q),
+            k: self.base.values(k),
+            eps: self.spec.norm_eps,
+            offset: self.spec.norm_offset,
+        })
+    }
+
+    pub(super) fn norm(&self, pool: &Pool, id: SlotId, x: &[f32], y: &mut Vec<f32>) {
+        y.resize(x.len(), 0.0);
+        rms_norm(pool, x, self.base.values(id), self.spec.norm_eps, self.spec.norm_offset, y);
+    }
+
+    /// Token embeddings `[m, h]`.
+    pub(super) fn embed(&self, pool: &Pool, tokens: &[u32], h: &mut Vec<f32>) {
+        let table = self.base.matrix(self.slots.embed);
+        h.resize(tokens.len() * table.k, 0.0);
+        gather_rows(pool, table.f32, table.n, table.k, tokens, h);
+        if self.spec.embed_scale != 1.0 {
+            h.iter_mut().for_each(|x| *x *= self.spec.embed_scale);
+        }
+    }
+
+    /// Logits `[m, vocab]` of normed hidden states `[m, h]`.
+    pub(super) fn logits(&self, pool: &Pool, hidden: &[f32], logits: &mut Vec<f32>) {
+        let head = self.base.matrix(self.slots.head);
+        let m = hidden.len() / head.k;
+        logits.resize(m * head.n, 0.0);
+        linear(pool, hidden, m, head, logits, Write::Set);
+        if let Some(cap) = self.spec.final_softcap {
+            pool.map_chunks(logits, head.n, |_, row| row.iter_mut().for_each(|l| *l = cap * (*l / cap).tanh()));
+        }
+    }
+}
+
+/// Runs one layer in place on the residual stream `h [m, hidden]`.
+pub(super) fn layer_forward(
+    pool: &Pool,
+    w: &Weights,
+    layer: usize,
+    positions: &[u32],
+    attend: Attend,
+    h: &mut [f32],
+    acts: &mut LayerActs,
+    s: &mut LayerScratch,
+) {
+    let slots = &w.slots.layers[layer];
+    let shape = w.attention(layer);
+    let (m, hidden) = (positions.len(), w.spec.hidden);
+    let copy = |from: &[f32], to: &mut Vec<f32>| {
+        to.clear();
+        to.extend_from_slice(from);
+    };
+
+    copy(h, &mut acts.h_in);
+    w.norm(pool, slots.attn_norm, h, &mut s.x);
+    w.project(pool, layer, Projection::Qkv, &s.x, &mut acts.qkv, &mut s.project);
+    s.qkv.resize(acts.qkv.len(), 0.0);
+    qk_rope(pool, &shape, &acts.qkv, w.qk_norm(layer), w.rope(layer), positions, &mut s.qkv);
+    acts.attn.resize(m * shape.heads * shape.head_dim, 0.0);
+    match attend {
+        Attend::Paged { runs, slots, k, v } => {
+            store_kv(pool, &shape, &s.qkv, slots, k, v);
+            paged_attention(pool, &shape, &s.qkv, runs, k, v, &mut acts.attn);
+        }
+        Attend::Segments(segments) => segment_attention(pool, &shape, &s.qkv, segments, &mut acts.attn),
+    }
+    w.project(pool, layer, Projection::O, &acts.attn, &mut s.delta, &mut s.project);
+    if let Some(norm) = slots.post_attn_norm {
+        copy(&s.delta, &mut acts.o);
+        w.norm(pool, norm, &acts.o, &mut s.delta);
+    }
+    s.x.resize(m * hidden, 0.0);
+    let (eps, offset) = (w.spec.norm_eps, w.spec.norm_offset);
+    add_rms_norm(pool, h, &s.delta, w.base.values(slots.mlp_norm), eps, offset, &mut s.x);
+    copy(h, &mut acts.h_mid);
+    w.project(pool, layer, Projection::GateUp, &s.x, &mut acts.gate_up, &mut s.project);
+    s.act.resize(m * w.spec.ffn, 0.0);
+    glu(pool, &acts.gate_up, m, w.spec.ffn, w.act(), &mut s.act);
+    w.project(pool, layer, Projection::Down, &s.act, &mut s.delta, &mut s.project);
+    if let Some(norm) = slots.post_mlp_norm {
+        copy(&s.delta, &mut acts.down);
+        w.norm(pool, norm, &acts.down, &mut s.delta);
+    }
+    add_columns(pool, h, hidden, 0, &s.delta, m, hidden, 1.0);
+}
+
+/// Runs a policy over a paged KV cache, for rollouts.
+pub struct PagedDecoder<'a> {
+    weights: Weights<'a>,
+    h: Vec<f32>,
+    selected: Vec<f32>,
+    normed: Vec<f32>,
+    acts: LayerActs,
+    scratch: LayerScratch,
+}
+
+impl<'a> PagedDecoder<'a> {
+    /// A decoder over these weights.
+    pub fn new(weights: Weights<'a>) -> Self {
+        Self {
+            weights,
+            h: Vec::new(),
+            selected: Vec::new(),
+            normed: Vec::new(),
+            acts: LayerActs::default(),
+            scratch: LayerScratch::default(),
+        }
+    }
+}
+
+impl PagedModel for PagedDecoder<'_> {
+    fn vocab(&self) -> usize {
+        self.weights.spec.vocab
+    }
+
+    fn max_positions(&self) -> usize {
+        self.weights.positions()
+    }
+
+    fn new_cache(&self, blocks: usize) -> KvCache {
+        let shape = self.weights.attention(0);
+        KvCache::new(self.weights.spec.layers, blocks, shape.kv_heads, shape.head_dim)
+    }
+
+    fn forward(&mut self, pool: &Pool, cache: &mut KvCache, batch: &PagedBatch, logits: &mut Vec<f32>) {
+        let w = &self.weights;
+        w.embed(pool, batch.tokens, &mut self.h);
+        for layer in 0..w.spec.layers {
+            let attend = Attend::Paged {
+                runs: batch.runs,
+                slots: batch.slots,
+                k: &mut cache.k[layer],
+                v: &mut cache.v[layer],
+            };
+            layer_forward(
+                pool, w, layer, batch.positions, attend, &mut self.h, &mut self.acts, &mut self.scratch,
+            );
+        }
+        self.selected.clear();
+        for &row in batch.select {
+            self.selected.extend_from_slice(&self.h[row * w.spec.hidden..(row + 1) * w.spec.hidden]);
+        }
+        w.norm(pool, w.slots.final_norm, &self.selected, &mut self.normed);
+        w.logits(pool, &self.normed, logits);
+    }
+}

@@ -1,7 +1,11 @@
-//! Tokens to groups of completions.
+//! Tokens to groups of completions: a paged KV cache, continuous batching and the sampler.
 
 pub mod block_pool;
 pub mod engine;
+pub mod model;
 pub mod sampler;
 pub mod scheduler;
-pub mod sequence;
+
+pub use engine::{Request, RolloutEngine, RolloutKey, RolloutStats};
+pub use model::{KvCache, PagedBatch, PagedModel};
+pub use sampler::SamplingConfig;

@@ -1,1 +1,421 @@
-//! scheduler
+//! Which tokens run in the next forward pass: admission by group, chunked prefill, preemption by recompute.
+//!
+//! A group's prompt is prefilled once; its samples then fork the prompt's block table, and a block that several
+//! hold is copied when one of them writes to it. When blocks run out, the newest sample gives its blocks back and
+//! is recomputed later; groups are served oldest first and nothing overtakes, so every group ends. Since a draw
+//! depends on (seed, step, prompt, sample, token) alone and a row's numbers on its own sequence alone, none of
+//! these decisions changes a result.
+
+use std::sync::Arc;
+
+use rft_kernels::BLOCK;
+
+use crate::data::tokenizer::Detokenizer;
+use crate::error::{EngineError, Result};
+use crate::rollout::block_pool::{BlockPool, PrefixHash};
+use crate::types::{FinishReason, PolicyVersion, Prompt, TokenId};
+
+/// One sample in flight.
+#[derive(Debug)]
+pub struct SampleState {
+    /// Drawn tokens.
+    pub tokens: Vec<TokenId>,
+    /// Their logprobs.
+    pub logprobs: Vec<f32>,
+    /// Text so far.
+    pub text: Detokenizer,
+    /// Set when it is done.
+    pub finish: Option<FinishReason>,
+    /// Byte at which a stop string cut the text.
+    pub cut: Option<usize>,
+    table: Vec<u32>,
+    computed: usize,
+    running: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    Waiting,
+    Prefill,
+    Ready,
+    Done,
+}
+
+/// One group in flight.
+#[derive(Debug)]
+pub struct GroupState {
+    /// What it answers.
+    pub prompt: Arc<Prompt>,
+    /// Its samples, by number.
+    pub samples: Vec<SampleState>,
+    table: Vec<u32>,
+    computed: usize,
+    phase: Phase,
+}
+
+/// Whose rows a run holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Owner {
+    /// The prompt of a group.
+    Prompt(usize),
+    /// A sample of a group.
+    Sample(usize, usize),
+}
+
+/// Consecutive rows of one sequence in a [`Plan`].
+#[derive(Debug, Clone, Copy)]
+pub struct PlannedRun {
+    /// First row.
+    pub row: usize,
+    /// Rows.
+    pub rows: usize,
+    /// Position of the first row.
+    pub first_pos: usize,
+    /// Whose they are.
+    pub owner: Owner,
+}
+
+/// The rows of one forward pass.
+#[derive(Debug, Default)]
+pub struct Plan {
+    /// Token of each row.
+    pub tokens: Vec<TokenId>,
+    /// Position of each row.
+    pub positions: Vec<u32>,
+    /// Slot of each row.
+    pub slots: Vec<u32>,
+    /// Runs, in row order.
+    pub runs: Vec<PlannedRun>,
+    /// Rows whose logits are drawn from.
+    pub select: Vec<usize>,
+    /// Who draws from each selected row.
+    pub drawers: Vec<Owner>,
+    /// Blocks to copy before the pass, in order.
+    pub copies: Vec<(u32, u32)>,
+}
+
+impl Plan {
+    fn clear(&mut self) {
+        self.tokens.clear();
+        self.positions.clear();
+        self.slots.clear();
+        self.runs.clear();
+        self.select.clear();
+        self.drawers.clear();
+        self.copies.clear();
+    }
+}
+
+/// Groups in flight over one block pool.
+#[derive(Debug)]
+pub struct Scheduler<'a> {
+    blocks: &'a mut BlockPool,
+    /// All groups of the rollout, in request order.
+    pub groups: Vec<GroupState>,
+    version: PolicyVersion,
+    prefill_rows: usize,
+    first_active: usize,
+    /// Samples that gave their blocks back.
+    pub preemptions: usize,
+    /// Prompt rows computed.
+    pub prefill_tokens: usize,
+}
+
+impl<'a> Scheduler<'a> {
+    /// Schedules `groups` with at most `prefill_rows` prompt rows a pass.
+    ///
+    /// # Errors
+    /// A group that could not run alone in the whole pool.
+    pub fn new(
+        blocks: &'a mut BlockPool,
+        version: PolicyVersion,
+        groups: impl Iterator<Item = (Arc<Prompt>, Vec<Detokenizer>)>,
+        max_new_tokens: usize,
+        prefill_rows: usize,
+    ) -> Result<Self> {
+        let groups: Vec<GroupState> = groups
+            .map(|(prompt, texts)| GroupState {
+                prompt,
+                samples: texts
+                    .into_iter()
+                    .map(|text| SampleState {
+                        tokens: Vec::new(),
+                        logprobs: Vec::new(),
+                        text,
+                        finish: None,
+                        cut: None,
+                        table: Vec::new(),
+                        computed: 0,
+                        running: false,
+                    })
+                    .collect(),
+                table: Vec::new(),
+                computed: 0,
+                phase: Phase::Waiting,
+            })
+            .collect();
+        for group in &groups {
+            let prompt = group.prompt.tokens.len();
+            // the prompt's table and one sample that copied its tail
+            let needed = prompt.div_ceil(BLOCK) + (prompt % BLOCK + max_new_tokens).div_ceil(BLOCK);
+            if needed > blocks.capacity() {
+                return Err(EngineError::Memory(format!(
+                    "prompt {} has {prompt} tokens; with {max_new_tokens} new ones it needs {needed} KV blocks of {BLOCK} \
+                     and the pool has {}. hint: raise rollout.kv_memory_mb or lower rollout.max_new_tokens",
+                    group.prompt.id,
+                    blocks.capacity()
+                )));
+            }
+        }
+        Ok(Self { blocks, groups, version, prefill_rows, first_active: 0, preemptions: 0, prefill_tokens: 0 })
+    }
+
+    /// Whether every group is done.
+    pub fn is_done(&self) -> bool {
+        self.first_active == self.groups.len()
+    }
+
+    /// The block table behind a run.
+    pub fn table(&self, owner: Owner) -> &[u32] {
+        match owner {
+            Owner::Prompt(g) => &self.groups[g].table,
+            Owner::Sample(g, s) => &self.groups[g].samples[s].table,
+        }
+    }
+
+    /// Fills `plan` with the next pass's rows; at least one row unless everything is done.
+    pub fn plan(&mut self, plan: &mut Plan) {
+        plan.clear();
+        self.admit();
+        let mut prefill_room = self.prefill_rows;
+        for g in self.first_active..self.groups.len() {
+            match self.groups[g].phase {
+                Phase::Prefill => self.plan_run(Owner::Prompt(g), plan, &mut prefill_room),
+                Phase::Ready => {
+                    for s in 0..self.groups[g].samples.len() {
+                        if self.groups[g].samples[s].running {
+                            self.plan_run(Owner::Sample(g, s), plan, &mut prefill_room);
+                        }
+                    }
+                }
+                Phase::Waiting | Phase::Done => {}
+            }
+        }
+    }
+
+    /// Starts what fits, oldest first; the first that does not fit ends the round.
+    fn admit(&mut self) {
+        for g in self.first_active..self.groups.len() {
+            if self.groups[g].phase == Phase::Waiting {
+                let prompt = Arc::clone(&self.groups[g].prompt);
+                let needed = prompt.tokens.len().div_ceil(BLOCK);
+                // room for the first block of each sample too, unless nothing else runs
+                let margin = if self.anything_held(g) { self.groups[g].samples.len() } else { 0 };
+                if self.blocks.free() < needed + margin {
+                    return;
+                }
+                // the last token is computed again in any case: its logits are wanted
+                let limit = (prompt.tokens.len() - 1) / BLOCK;
+                let mut table = self.blocks.find_prefix(self.version, &prompt.tokens, limit);
+                self.groups[g].computed = table.len() * BLOCK;
+                while table.len() < needed {
+                    table.push(self.blocks.take().expect("counted above"));
+                }
+                self.groups[g].table = table;
+                self.groups[g].phase = Phase::Prefill;
+            } else if self.groups[g].phase == Phase::Ready {
+                for s in 0..self.groups[g].samples.len() {
+                    let (group, sample) = (&self.groups[g], &self.groups[g].samples[s]);
+                    if sample.running || sample.finish.is_some() {
+                        continue;
+                    }
+                    let prompt = group.prompt.tokens.len();
+                    let needed = (prompt + sample.tokens.len()).div_ceil(BLOCK) - prompt / BLOCK;
+                    if self.blocks.free() < needed {
+                        return;
+                    }
+                    let table = group.table.clone();
+                    table.iter().for_each(|&id| self.blocks.retain(id));
+                    let sample = &mut self.groups[g].samples[s];
+                    (sample.table, sample.computed, sample.running) = (table, prompt, true);
+                }
+            }
+        }
+    }
+
+    fn anything_held(&self, except: usize) -> bool {
+        self.groups[self.first_active..].iter().enumerate().any(|(i, g)| {
+            i + self.first_active != except && matches!(g.phase, Phase::Prefill | Phase::Ready)
+        })
+    }
+
+    /// Adds the owner's next rows; a sample one token behind always gets its row, the rest shares `prefill_room`.
+    fn plan_run(&mut self, owner: Owner, plan: &mut Plan, prefill_room: &mut usize) {
+        let (known, computed) = match owner {
+            Owner::Prompt(g) => (self.groups[g].prompt.tokens.len(), self.groups[g].computed),
+            Owner::Sample(g, s) => {
+                let sample = &self.groups[g].samples[s];
+                (self.groups[g].prompt.tokens.len() + sample.tokens.len(), sample.computed)
+            }
+        };
+        let pending = known - computed;
+        let decode = matches!(owner, Owner::Sample(..)) && pending == 1;
+        let rows = if decode { 1 } else { pending.min(*prefill_room) };
+        for position in computed..computed + rows {
+            if !self.make_writable(owner, position / BLOCK, plan) {
+                return self.preempt(owner);
+            }
+        }
+        if rows == 0 {
+            return;
+        }
+        if !decode {
+            *prefill_room -= rows;
+        }
+        let run = PlannedRun { row: plan.tokens.len(), rows, first_pos: computed, owner };
+        let table = self.table(owner);
+        for position in computed..computed + rows {
+            plan.slots.push(table[position / BLOCK] * BLOCK as u32 + (position % BLOCK) as u32);
+            plan.positions.push(position as u32);
+        }
+        let (g, sample) = match owner {
+            Owner::Prompt(g) => (g, None),
+            Owner::Sample(g, s) => (g, Some(s)),
+        };
+        let group = &self.groups[g];
+        let prompt = &group.prompt.tokens;
+        let token_at = |position: usize| match sample {
+            Some(s) if position >= prompt.len() => group.samples[s].tokens[position - prompt.len()],
+            _ => prompt[position],
+        };
+        plan.tokens.extend((computed..computed + rows).map(token_at));
+        plan.runs.push(run);
+        let first_draw = sample.is_some() || group.samples.iter().all(|s| s.tokens.is_empty());
+        if computed + rows == known && first_draw {
+            plan.select.push(run.row + rows - 1);
+            plan.drawers.push(owner);
+        }
+    }
+
+    /// Gives the owner a block of its own at `index`; false when it must give up.
+    fn make_writable(&mut self, owner: Owner, index: usize, plan: &mut Plan) -> bool {
+        let current = self.table(owner).get(index).copied();
+        if current.is_some_and(|id| !self.blocks.is_shared(id)) {
+            return true;
+        }
+        let fresh = loop {
+            if let Some(id) = self.blocks.take() {
+                break id;
+            }
+            if !self.preempt_newest_after(owner) {
+                return false;
+            }
+        };
+        let table = match owner {
+            Owner::Prompt(g) => &mut self.groups[g].table,
+            Owner::Sample(g, s) => &mut self.groups[g].samples[s].table,
+        };
+        match current {
+            Some(shared) => {
+                table[index] = fresh;
+                plan.copies.push((shared, fresh));
+                self.blocks.release(shared);
+            }
+            None => table.push(fresh),
+        }
+        true
+    }
+
+    /// Frees blocks of whatever is newest and comes after `owner` in this pass.
+    fn preempt_newest_after(&mut self, owner: Owner) -> bool {
+        let (own_group, own_sample) = match owner {
+            Owner::Prompt(g) => (g, usize::MAX),
+            Owner::Sample(g, s) => (g, s),
+        };
+        for g in (own_group..self.groups.len()).rev() {
+            let group = &self.groups[g];
+            let after = |s: usize| g > own_group || s > own_sample;
+            if let Some(s) = (0..group.samples.len()).rev().find(|&s| after(s) && group.samples[s].running) {
+                self.preempt(Owner::Sample(g, s));
+                return true;
+            }
+            if g > own_group && matches!(group.phase, Phase::Prefill | Phase::Ready) {
+                self.preempt(Owner::Prompt(g));
+                return true;
+            }
+        }
+        false
+    }
+
+    fn preempt(&mut self, owner: Owner) {
+        self.preemptions += 1;
+        match owner {
+            Owner::Prompt(g) => {
+                release_all(self.blocks, &mut self.groups[g].table);
+                self.groups[g].phase = Phase::Waiting;
+                self.groups[g].computed = 0;
+            }
+            Owner::Sample(g, s) => {
+                let sample = &mut self.groups[g].samples[s];
+                release_all(self.blocks, &mut sample.table);
+                (sample.running, sample.computed) = (false, 0);
+            }
+        }
+    }
+
+    /// Records that the planned rows are in the cache.
+    pub fn computed(&mut self, plan: &Plan) {
+        for run in &plan.runs {
+            match run.owner {
+                Owner::Sample(g, s) => self.groups[g].samples[s].computed += run.rows,
+                Owner::Prompt(g) => {
+                    self.prefill_tokens += run.rows;
+                    let group = &mut self.groups[g];
+                    group.computed += run.rows;
+                    let mut hash = PrefixHash::root(self.version);
+                    let full = group.prompt.tokens[..group.computed].chunks_exact(BLOCK);
+                    for (block, &id) in full.zip(&group.table) {
+                        hash = hash.then(block);
+                        self.blocks.publish(id, hash);
+                    }
+                    if group.computed == group.prompt.tokens.len() {
+                        group.phase = Phase::Ready;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Frees a finished sample's blocks, and the group's when it was the last; true then.
+    pub fn finished(&mut self, g: usize, s: usize) -> bool {
+        let group = &mut self.groups[g];
+        group.samples[s].running = false;
+        release_all(self.blocks, &mut group.samples[s].table);
+        if group.samples.iter().any(|s| s.finish.is_none()) {
+            return false;
+        }
+        release_all(self.blocks, &mut group.table);
+        group.phase = Phase::Done;
+        while self.groups.get(self.first_active).is_some_and(|g| g.phase == Phase::Done) {
+            self.first_active += 1;
+        }
+        true
+    }
+}
+
+impl Drop for Scheduler<'_> {
+    /// A rollout that ends early (an error, Ctrl-C) leaves no block held.
+    fn drop(&mut self) {
+        for group in &mut self.groups {
+            release_all(self.blocks, &mut group.table);
+            group.samples.iter_mut().for_each(|s| release_all(self.blocks, &mut s.table));
+        }
+    }
+}
+
+/// Releases a table from its end, so that the start of a prefix stays findable longest.
+fn release_all(blocks: &mut BlockPool, table: &mut Vec<u32>) {
+    while let Some(id) = table.pop() {
+        blocks.release(id);
+    }
+}

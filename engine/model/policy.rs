@@ -1,0 +1,455 @@
+//! The policy: one decoder's weights, adapters and version, and the linear projections both passes go through.
+//!
+//! [`Policy`] owns the numbers; [`Weights`] is the borrowed view that rollout, learner and reference all run on
+//! (the reference is the same view with the adapter off, or over a frozen copy). Loading and naming follow the
+//! Hugging Face layout of the family.
+
+use rft_kernels::{Act, AttnShape, Pool, Rope, Write, add_bias, bias_backward, linear, linear_dw, linear_dx};
+
+use crate::config::{LoraConfig, NewModelConfig, Precision};
+use crate::error::Result;
+use crate::model::lora::{Adapter, LoraScratch};
+use crate::model::params::{Arena, Part, Shape, SlotId};
+use crate::model::source::ModelSource;
+use crate::model::spec::{Activation, ModelSpec};
+use crate::rng::{Purpose, Stream};
+use crate::types::PolicyVersion;
+
+/// The four linear projections of a layer, as the kernels see them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Projection {
+    /// Queries, keys and values.
+    Qkv,
+    /// Attention output.
+    O,
+    /// Gate and up of the feed-forward layer.
+    GateUp,
+    /// Down of the feed-forward layer.
+    Down,
+}
+
+impl Projection {
+    /// In the order of the forward pass.
+    pub const ALL: [Self; 4] = [Self::Qkv, Self::O, Self::GateUp, Self::Down];
+}
+
+/// Slots of one layer.
+#[derive(Debug, Clone)]
+pub struct LayerSlots {
+    /// Norm before attention.
+    pub attn_norm: SlotId,
+    /// Norm of each query and key head.
+    pub qk_norm: Option<(SlotId, SlotId)>,
+    /// Norm of the attention output (sandwich norms).
+    pub post_attn_norm: Option<SlotId>,
+    /// Norm before the feed-forward layer.
+    pub mlp_norm: SlotId,
+    /// Norm of the feed-forward output (sandwich norms).
+    pub post_mlp_norm: Option<SlotId>,
+    /// Weights by [`Projection`].
+    pub weight: [SlotId; 4],
+    /// Biases by [`Projection`].
+    pub bias: [Option<SlotId>; 4],
+}
+
+/// Slots of the whole decoder.
+#[derive(Debug, Clone)]
+pub struct ModelSlots {
+    /// Token embedding `[vocab, hidden]`.
+    pub embed: SlotId,
+    /// Layers in order.
+    pub layers: Vec<LayerSlots>,
+    /// Norm before the head.
+    pub final_norm: SlotId,
+    /// Head `[vocab, hidden]`; the embedding when tied.
+    pub head: SlotId,
+}
+
+/// Cosines and sines of one rotary embedding, by position.
+#[derive(Debug, Clone)]
+pub struct RopeTable {
+    cos: Vec<f32>,
+    sin: Vec<f32>,
+    rot: usize,
+}
+
+impl RopeTable {
+    fn new(inv_freq: &[f64], factor: f64, positions: usize) -> Self {
+        let angle = |at: usize| inv_freq.iter().map(move |f| at as f64 * f);
+        let table = |f: fn(f64) -> f64| (0..positions).flat_map(angle).map(|a| (f(a) * factor) as f32).collect();
+        Self { cos: table(f64::cos), sin: table(f64::sin), rot: inv_freq.len() * 2 }
+    }
+
+    fn view(&self) -> Rope<'_> {
+        Rope { cos: &self.cos, sin: &self.sin, rot: self.rot }
+    }
+}
+
+/// A decoder's weights with everything needed to run them.
+#[derive(Debug, Clone)]
+pub struct Policy {
+    /// What the decoder is.
+    pub spec: ModelSpec,
+    /// Its own weights; frozen when there is an adapter.
+    pub base: Arena,
+    /// Low-rank adapters, if they are what trains.
+    pub adapter: Option<Adapter>,
+    /// Counts updates.
+    pub version: PolicyVersion,
+    slots: ModelSlots,
+    ropes: Vec<RopeTable>,
+    positions: usize,
+}
+
+/// What a forward or backward pass reads.
+#[derive(Debug, Clone, Copy)]
+pub struct Weights<'a> {
+    /// What the decoder is.
+    pub spec: &'a ModelSpec,
+    /// Where its weights are.
+    pub slots: &'a ModelSlots,
+    /// Its weights.
+    pub base: &'a Arena,
+    /// Adapters, unless off.
+    pub adapter: Option<&'a Adapter>,
+    ropes: &'a [RopeTable],
+    positions: usize,
+}
+
+/// Gradient buffers of one policy: of its base and of its adapter (empty where frozen).
+#[derive(Debug, Default)]
+pub struct Grads {
+    /// [`Arena::trainable_len`] numbers of the base.
+    pub base: Vec<f32>,
+    /// The same of the adapter.
+    pub adapter: Vec<f32>,
+}
+
+/// Buffers of [`Weights::project`] and its backward.
+#[derive(Debug, Default)]
+pub struct ProjectScratch {
+    lora: LoraScratch,
+    transpose: Vec<f32>,
+}
+
+fn layout(spec: &ModelSpec) -> (Vec<(Shape, Vec<Part>)>, ModelSlots) {
+    let mut slots: Vec<(Shape, Vec<Part>)> = Vec::new();
+    let mut add = |shape: Shape, parts: Vec<(String, usize)>| {
+        slots.push((shape, parts.into_iter().map(|(name, rows)| Part { name, rows }).collect()));
+        slots.len() - 1
+    };
+    let (hidden, ffn) = (spec.hidden, spec.ffn);
+    let (q, kv) = (spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim);
+    let matrix = |n, k| Shape::Matrix { n, k };
+    let embed = add(matrix(spec.vocab, hidden), vec![("model.embed_tokens.weight".into(), spec.vocab)]);
+    let layers = (0..spec.layers)
+        .map(|l| {
+            let at = |name: &str| format!("model.layers.{l}.{name}");
+            let one = |name: &str, rows| vec![(at(name), rows)];
+            let mut norm = |name: &str, len| add(Shape::Vector(len), one(name, len));
+            let attn_norm = norm("input_layernorm.weight", hidden);
+            let qk_norm = spec.qk_norm.then(|| {
+                (norm("self_attn.q_norm.weight", spec.head_dim), norm("self_attn.k_norm.weight", spec.head_dim))
+            });
+            let (post_attn_norm, mlp_norm, post_mlp_norm) = if spec.sandwich_norms {
+                (
+                    Some(norm("post_attention_layernorm.weight", hidden)),
+                    norm("pre_feedforward_layernorm.weight", hidden),
+                    Some(norm("post_feedforward_layernorm.weight", hidden)),
+                )
+            } else {
+                (None, norm("post_attention_layernorm.weight", hidden), None)
+            };
+            let qkv_parts = |what: &str| {
+                if spec.fused_projections {
+                    vec![(at(&format!("self_attn.qkv_proj.{what}")), q + 2 * kv)]
+                } else {
+                    ["q", "k", "v"]
+                        .into_iter()
+                        .zip([q, kv, kv])
+                        .map(|(p, rows)| (at(&format!("self_attn.{p}_proj.{what}")), rows))
+                        .collect()
+                }
+            };
+            let gate_up_parts = |what: &str| {
+                if spec.fused_projections {
+                    vec![(at(&format!("mlp.gate_up_proj.{what}")), 2 * ffn)]
+                } else {
+                    ["gate", "up"].map(|p| (at(&format!("mlp.{p}_proj.{what}")), ffn)).to_vec()
+                }
+            };
+            let weight = [
+                add(matrix(q + 2 * kv, hidden), qkv_parts("weight")),
+                add(matrix(hidden, q), one("self_attn.o_proj.weight", hidden)),
+                add(matrix(2 * ffn, hidden), gate_up_parts("weight")),
+                add(matrix(hidden, ffn), one("mlp.down_proj.weight", hidden)),
+            ];
+            let bias = [
+                spec.qkv_bias.then(|| add(Shape::Vector(q + 2 * kv), qkv_parts("bias"))),
+                spec.o_bias.then(|| add(Shape::Vector(hidden), one("self_attn.o_proj.bias", hidden))),
+                spec.mlp_bias.then(|| add(Shape::Vector(2 * ffn), gate_up_parts("bias"))),
+                spec.mlp_bias.then(|| add(Shape::Vector(hidden), one("mlp.down_proj.bias", hidden))),
+            ];
+            LayerSlots { attn_norm, qk_norm, post_attn_norm, mlp_norm, post_mlp_norm, weight, bias }
+        })
+        .collect();
+    let final_norm = add(Shape::Vector(hidden), vec![("model.norm.weight".into(), hidden)]);
+    let head =
+        if spec.tied { embed } else { add(matrix(spec.vocab, hidden), vec![("lm_head.weight".into(), spec.vocab)]) };
+    (slots, ModelSlots { embed, layers, final_norm, head })
+}
+
+impl Policy {
+    fn with_spec(spec: ModelSpec, trainable: bool) -> Self {
+        let (layout, slots) = layout(&spec);
+        let base = Arena::new(layout, trainable);
+        Self { spec, base, adapter: None, version: PolicyVersion(0), slots, ropes: Vec::new(), positions: 0 }
+    }
+
+    /// Loads a model's weights; with `lora`, they are frozen and new adapters train.
+    ///
+    /// # Errors
+    /// Missing or misshapen tensors by name; an adapter target that does not exist.
+    pub fn load(source: &ModelSource, lora: Option<&LoraConfig>, seed: u64) -> Result<Self> {
+        let mut policy = Self::with_spec(source.spec().clone(), lora.is_none());
+        for id in 0..policy.base.slots().len() {
+            policy.base.load_slot(id, |name, shape| source.tensor(name, shape))?;
+        }
+        if let Some(config) = lora {
+            policy.adapter = Some(Adapter::new(&policy.spec, config, seed)?);
+        }
+        Ok(policy)
+    }
+
+    /// A new model with random weights: N(0, 0.02) matrices, projections into the residual stream scaled by
+    /// 1/sqrt(2 layers) (GPT-2, Radford et al. 2019), norms at their neutral value.
+    pub fn init(spec: ModelSpec, seed: u64) -> Self {
+        let mut policy = Self::with_spec(spec, true);
+        let residual = 1.0 / (2.0 * policy.spec.layers as f64).sqrt();
+        let into_residual: Vec<SlotId> = policy
+            .slots
+            .layers
+            .iter()
+            .flat_map(|l| [l.weight[Projection::O as usize], l.weight[Projection::Down as usize]])
+            .collect();
+        let biases: Vec<SlotId> = policy.slots.layers.iter().flat_map(|l| l.bias.into_iter().flatten()).collect();
+        for id in 0..policy.base.slots().len() {
+            let std = 0.02 * if into_residual.contains(&id) { residual } else { 1.0 };
+            let mut noise = Stream::new(seed, Purpose::Init, &[id as u64]);
+            match policy.base.slots()[id].shape {
+                Shape::Matrix { n, k } => {
+                    let rows: Vec<f32> = (0..n * k).map(|_| (noise.normal() * std) as f32).collect();
+                    rft_kernels::pack_panels(&rows, n, k, policy.base.values_mut(id));
+                }
+                Shape::Vector(_) => {
+                    let neutral = if biases.contains(&id) { 0.0 } else { 1.0 - policy.spec.norm_offset };
+                    policy.base.values_mut(id).fill(neutral);
+                }
+            }
+        }
+        policy
+    }
+
+    /// Prepares for sequences of up to `positions` tokens and for `precision`.
+    pub fn prepare(&mut self, pool: &Pool, positions: usize, precision: Precision) {
+        self.positions = positions;
+        self.ropes = self
+            .spec
+            .ropes
+            .iter()
+            .map(|rope| {
+                let (inv_freq, factor) = rope.inv_freq(positions);
+                RopeTable::new(&inv_freq, factor, positions)
+            })
+            .collect();
+        if precision == Precision::Bf16 {
+            self.base.enable_bf16(pool);
+            if let Some(adapter) = &mut self.adapter {
+                adapter.arena.enable_bf16(pool);
+            }
+        }
+    }
+
+    /// The weights as they are trained and sampled.
+    pub fn weights(&self) -> Weights<'_> {
+        self.view(&self.base, self.adapter.as_ref())
+    }
+
+    /// The weights with the adapter off.
+    pub fn base_weights(&self) -> Weights<'_> {
+        self.view(&self.base, None)
+    }
+
+    /// This decoder over another copy of its base weights.
+    pub fn weights_over<'a>(&'a self, base: &'a Arena) -> Weights<'a> {
+        self.view(base, None)
+    }
+
+    fn view<'a>(&'a self, base: &'a Arena, adapter: Option<&'a Adapter>) -> Weights<'a> {
+        Weights { spec: &self.spec, slots: &self.slots, base, adapter, ropes: &self.ropes, positions: self.positions }
+    }
+
+    /// The arena that trains: the adapter's, or the base.
+    pub fn trainable(&self) -> &Arena {
+        self.adapter.as_ref().map_or(&self.base, |a| &a.arena)
+    }
+
+    /// As [`Policy::trainable`], writable.
+    pub fn trainable_mut(&mut self) -> &mut Arena {
+        self.adapter.as_mut().map_or(&mut self.base, |a| &mut a.arena)
+    }
+
+    /// Zeroed gradient buffers.
+    pub fn new_grads(&self) -> Grads {
+        Grads {
+            base: vec![0.0; self.base.trainable_len()],
+            adapter: vec![0.0; self.adapter.as_ref().map_or(0, |a| a.arena.trainable_len())],
+        }
+    }
+
+    /// Parameters that train.
+    pub fn trainable_count(&self) -> usize {
+        self.trainable().slots().iter().filter(|s| s.trainable).map(|s| s.shape.count()).sum()
+    }
+
+    /// Every tensor under its Hugging Face name, adapters merged; row-major f32.
+    pub fn merged_tensors(&self) -> impl Iterator<Item = (String, Vec<usize>, Vec<f32>)> + '_ {
+        (0..self.base.slots().len()).flat_map(move |id| {
+            let values = self.base.values(id);
+            match (&self.adapter, self.projection_of(id), self.base.slots()[id].shape) {
+                (Some(adapter), Some((layer, projection)), Shape::Matrix { n, k }) => {
+                    let mut rows = vec![0.0; n * k];
+                    rft_kernels::unpack_panels(values, n, k, &mut rows);
+                    adapter.merge_into(layer, projection, &mut rows, k);
+                    let mut panels = vec![0.0; values.len()];
+                    rft_kernels::pack_panels(&rows, n, k, &mut panels);
+                    self.base.tensors_of(id, &panels)
+                }
+                _ => self.base.tensors_of(id, values),
+            }
+        })
+    }
+
+    fn projection_of(&self, id: SlotId) -> Option<(usize, Projection)> {
+        self.slots.layers.iter().enumerate().find_map(|(layer, slots)| {
+            let at = slots.weight.iter().position(|&w| w == id)?;
+            Some((layer, Projection::ALL[at]))
+        })
+    }
+}
+
+impl Grads {
+    /// Back to zero.
+    pub fn clear(&mut self) {
+        self.base.fill(0.0);
+        self.adapter.fill(0.0);
+    }
+}
+
+impl<'a> Weights<'a> {
+    /// Positions that were prepared for.
+    pub fn positions(&self) -> usize {
+        self.positions
+    }
+
+    /// Geometry of a layer's attention.
+    pub fn attention(&self, layer: usize) -> AttnShape {
+        AttnShape {
+            heads: self.spec.heads,
+            kv_heads: self.spec.kv_heads,
+            head_dim: self.spec.head_dim,
+            scale: self.spec.attn_scale,
+            window: self.spec.layer_specs[layer].window,
+            softcap: self.spec.attn_softcap,
+        }
+    }
+
+    /// A layer's rotary embedding, unless it has none.
+    pub fn rope(&self, layer: usize) -> Option<Rope<'a>> {
+        self.spec.layer_specs[layer].rope.map(|index| self.ropes[index].view())
+    }
+
+    /// The feed-forward gate's activation.
+    pub fn act(&self) -> Act {
+        match self.spec.activation {
+            Activation::Silu => Act::Silu,
+            Activation::GeluTanh => Act::GeluTanh,
+        }
+    }
+
+    /// `y [m, n] = x [m, k] W^T + bias`, adapters included.
+    pub fn project(
+        &self,
+        pool: &Pool,
+        layer: usize,
+        projection: Projection,
+        x: &[f32],
+        y: &mut Vec<f32>,
+        scratch: &mut ProjectScratch,
+    ) {
+        let slots = &self.slots.layers[layer];
+        let weight = self.base.matrix(slots.weight[projection as usize]);
+        let m = x.len() / weight.k;
+        y.resize(m * weight.n, 0.0);
+        linear(pool, x, m, weight, y, Write::Set);
+        if let Some(bias) = slots.bias[projection as usize] {
+            add_bias(pool, y, m, self.base.values(bias));
+        }
+        if let Some(adapter) = self.adapter {
+            adapter.forward(pool, layer, projection, x, m, y, &mut scratch.lora);
+        }
+    }
+
+    /// Gradients of [`Weights::project`]: `dx [m, k]` is overwritten, parameters' gradients are added.
+    #[allow(clippy::too_many_arguments)]
+    pub fn project_backward(
+        &self,
+        pool: &Pool,
+        layer: usize,
+        projection: Projection,
+        x: &[f32],
+        dy: &[f32],
+        dx: &mut Vec<f32>,
+        grads: &mut Grads,
+        scratch: &mut ProjectScratch,
+    ) {
+        let slots = &self.slots.layers[layer];
+        let id = slots.weight[projection as usize];
+        let weight = self.base.matrix(id);
+        let m = x.len() / weight.k;
+        dx.resize(m * weight.k, 0.0);
+        linear_dx(pool, dy, m, weight, dx, Write::Set, &mut scratch.transpose);
+        if let Some(range) = self.base.grad_range(id) {
+            linear_dw(pool, dy, x, m, weight.n, weight.k, &mut grads.base[range], weight.bf16.is_some());
+        }
+        if let Some(range) = slots.bias[projection as usize].and_then(|bias| self.base.grad_range(bias)) {
+            bias_backward(pool, dy, m, &mut grads.base[range]);
+        }
+        if let Some(adapter) = self.adapter {
+            adapter.backward(pool, layer, projection, x, m, dy, dx, &mut grads.adapter, &mut scratch.lora);
+        }
+    }
+}
+
+/// The spec of a new model: Qwen3 architecture, tied embeddings.
+pub fn new_model_spec(shape: &NewModelConfig, vocab: usize, eos: u32, positions: usize) -> Result<ModelSpec> {
+    ModelSpec::from_config_json(&serde_json::json!({
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "vocab_size": vocab,
+        "hidden_size": shape.hidden,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head_dim,
+        "intermediate_size": shape.ffn,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "max_position_embeddings": positions,
+        "tie_word_embeddings": true,
+        "attention_bias": false,
+        "eos_token_id": eos,
+        "torch_dtype": "float32",
+    }))
+}

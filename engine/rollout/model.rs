@@ -1,0 +1,61 @@
+//! What the rollout engine asks of a model: a forward pass over a ragged batch whose keys and values are paged.
+
+use rft_kernels::{BLOCK, PagedRun, Pool};
+
+/// A decoder that reads and writes a paged KV cache.
+pub trait PagedModel {
+    /// Logits a row.
+    fn vocab(&self) -> usize;
+
+    /// Longest sequence it can run.
+    fn max_positions(&self) -> usize;
+
+    /// An empty cache of this many blocks.
+    fn new_cache(&self, blocks: usize) -> KvCache;
+
+    /// Runs the batch: stores each row's keys and values at its slot, and writes the logits of the selected rows,
+    /// `[select.len(), vocab]`.
+    fn forward(&mut self, pool: &Pool, cache: &mut KvCache, batch: &PagedBatch, logits: &mut Vec<f32>);
+}
+
+/// Keys and values of every layer, in blocks of [`BLOCK`] positions (layout: `rft_kernels::store_kv`).
+#[derive(Debug)]
+pub struct KvCache {
+    /// Keys, one buffer a layer.
+    pub k: Vec<Vec<f32>>,
+    /// Values, one buffer a layer.
+    pub v: Vec<Vec<f32>>,
+    block_len: usize,
+}
+
+impl KvCache {
+    /// Zeroed blocks.
+    pub fn new(layers: usize, blocks: usize, kv_heads: usize, head_dim: usize) -> Self {
+        let block_len = kv_heads * head_dim * BLOCK;
+        let buffers = || (0..layers).map(|_| vec![0.0; blocks * block_len]).collect();
+        Self { k: buffers(), v: buffers(), block_len }
+    }
+
+    /// Copies block `from` onto block `to` in every layer.
+    pub fn copy_block(&mut self, from: u32, to: u32) {
+        let (from, to, len) = (from as usize * self.block_len, to as usize * self.block_len, self.block_len);
+        for buffer in self.k.iter_mut().chain(&mut self.v) {
+            buffer.copy_within(from..from + len, to);
+        }
+    }
+}
+
+/// Rows of one forward pass: tokens of any mix of sequences.
+#[derive(Debug, Clone, Copy)]
+pub struct PagedBatch<'a> {
+    /// Token of each row.
+    pub tokens: &'a [u32],
+    /// Position of each row in its sequence.
+    pub positions: &'a [u32],
+    /// Where each row's key and value go: `block * BLOCK + offset`.
+    pub slots: &'a [u32],
+    /// Consecutive rows of one sequence, with its block table.
+    pub runs: &'a [PagedRun<'a>],
+    /// Rows whose logits are wanted, ascending.
+    pub select: &'a [usize],
+}
