@@ -6,5 +6,6 @@ pub mod export;
 pub mod gguf;
 pub mod lora;
 pub mod params;
+pub mod rope;
 pub mod source;
 pub mod spec;
