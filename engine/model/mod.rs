@@ -4,6 +4,7 @@ pub mod decoder;
 pub mod backprop;
 pub mod export;
 pub mod gguf;
+pub mod gguf_names;
 pub mod lora;
 pub mod params;
 pub mod rope;
