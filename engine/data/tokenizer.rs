@@ -1,1 +1,449 @@
-//! tokenizer
+//! Text to token ids and back.
+//!
+//! [`Tokenizer`] wraps the `tokenizers` crate and knows which tokens end a text; [`Detokenizer`] turns a stream
+//! of ids into text that never ends inside a character and always equals the decoding of the whole.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::{Arc, LazyLock};
+
+use serde_json::{Map, Value};
+use tokenizers::models::ModelWrapper;
+use tokenizers::models::bpe::BPE;
+use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+use tokenizers::{AddedToken, DecoderWrapper};
+
+use crate::error::{EngineError, Result};
+use crate::types::TokenId;
+
+/// A vocabulary with its rules; cheap to clone.
+#[derive(Clone)]
+pub struct Tokenizer {
+    inner: Arc<tokenizers::Tokenizer>,
+    /// `bos_token`, `eos_token`, `pad_token`, … as templates see them.
+    special_tokens: BTreeMap<String, String>,
+    /// Whether each id is a special token; as long as the vocabulary.
+    special: Arc<[bool]>,
+    eos: Vec<TokenId>,
+    vocab_size: usize,
+    /// Text can hold characters that no token covers.
+    has_gaps: bool,
+}
+
+impl std::fmt::Debug for Tokenizer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Tokenizer").field("vocab_size", &self.vocab_size).field("eos", &self.eos).finish()
+    }
+}
+
+impl Tokenizer {
+    /// Wraps a tokenizer; `special_tokens` maps roles such as `eos_token` to tokens, and `eos` adds ids that end
+    /// a text beyond the `eos_token`.
+    ///
+    /// # Errors
+    /// An `eos_token` that is not in the vocabulary.
+    pub fn new(
+        inner: tokenizers::Tokenizer,
+        special_tokens: BTreeMap<String, String>,
+        eos: &[TokenId],
+    ) -> Result<Self> {
+        let added = inner.get_added_tokens_decoder();
+        let largest = inner.get_vocab(true).values().copied().max();
+        let vocab_size = largest.map_or(0, |id| id as usize + 1);
+        if vocab_size > 1 << 24 {
+            return Err(EngineError::Model(format!("tokenizer: largest id {} is absurd", vocab_size - 1)));
+        }
+        let mut special = vec![false; vocab_size];
+        for (id, token) in &added {
+            special[*id as usize] = token.special;
+        }
+        let mut ends = eos.to_vec();
+        if let Some(token) = special_tokens.get("eos_token") {
+            let id = inner.token_to_id(token).ok_or_else(|| {
+                EngineError::Model(format!(
+                    "tokenizer: eos_token `{token}` is not in the vocabulary\nhint: tokenizer.json and tokenizer_config.json belong together; take both from the same model"
+                ))
+            })?;
+            ends.push(id);
+        }
+        ends.sort_unstable();
+        ends.dedup();
+        let has_gaps = match inner.get_model() {
+            ModelWrapper::BPE(bpe) => {
+                let bytes = matches!(inner.get_decoder(), Some(DecoderWrapper::ByteLevel(_)));
+                let all_bytes =
+                    bytes && BYTE_CHARS.iter().all(|c| inner.token_to_id(&c.to_string()).is_some());
+                bpe.get_unk_token().is_none() && !bpe.byte_fallback && !all_bytes
+            }
+            _ => false,
+        };
+        Ok(Self {
+            inner: Arc::new(inner),
+            special_tokens,
+            special: special.into(),
+            eos: ends,
+            vocab_size,
+            has_gaps,
+        })
+    }
+
+    /// Reads a `tokenizer.json` alone: no roles, no end tokens.
+    ///
+    /// # Errors
+    /// An unreadable or malformed file.
+    pub fn from_file(path: &Path) -> Result<Self> {
+        let bytes = std::fs::read(path).map_err(EngineError::io(path))?;
+        let inner = tokenizers::Tokenizer::from_bytes(&bytes)
+            .map_err(|e| EngineError::malformed(path, "tokenizer", e.to_string()))?;
+        Self::new(inner, BTreeMap::new(), &[])
+    }
+
+    /// Reads a model folder: `tokenizer.json`, and roles and end tokens from `tokenizer_config.json`,
+    /// `special_tokens_map.json` and `generation_config.json`; `config_eos` serves where the last names none.
+    ///
+    /// # Errors
+    /// An unreadable or malformed file, or roles that are not in the vocabulary.
+    pub fn from_folder(folder: &Path, config_eos: &[TokenId]) -> Result<Self> {
+        let path = folder.join("tokenizer.json");
+        if !path.exists() && folder.join("tokenizer.model").exists() {
+            return Err(EngineError::malformed(
+                folder,
+                "tokenizer.json",
+                "missing; tokenizer.model alone is not supported\nhint: convert it once with transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)",
+            ));
+        }
+        let bytes = std::fs::read(&path).map_err(EngineError::io(&path))?;
+        let inner = tokenizers::Tokenizer::from_bytes(&bytes)
+            .map_err(|e| EngineError::malformed(&path, "tokenizer", e.to_string()))?;
+        let mut roles = BTreeMap::new();
+        for name in ["special_tokens_map.json", "tokenizer_config.json"] {
+            if let Some(map) = read_object(&folder.join(name))? {
+                roles.extend(named_tokens(&map));
+            }
+        }
+        let generation = folder.join("generation_config.json");
+        let eos = match read_object(&generation)?.as_ref().and_then(|g| g.get("eos_token_id")) {
+            None | Some(Value::Null) => config_eos.to_vec(),
+            Some(value) => {
+                let list = value.as_array().map_or(std::slice::from_ref(value), Vec::as_slice);
+                let ids: Option<Vec<TokenId>> =
+                    list.iter().map(|v| v.as_u64().and_then(|n| TokenId::try_from(n).ok())).collect();
+                ids.ok_or_else(|| {
+                    EngineError::malformed(
+                        &generation,
+                        "eos_token_id",
+                        format!("expected token ids, found {value}"),
+                    )
+                })?
+            }
+        };
+        Self::new(inner, roles, &eos)
+    }
+
+    /// A byte-per-token vocabulary of just the bytes of `characters` (in order of first appearance), then `added`
+    /// tokens that stay visible in decoded text, then `special` ones that do not; the text ends with `eos`.
+    ///
+    /// # Errors
+    /// An `eos` that is among neither.
+    pub fn from_characters(characters: &str, added: &[&str], special: &[&str], eos: &str) -> Result<Self> {
+        let mut vocab = tokenizers::models::bpe::Vocab::default();
+        for byte in characters.bytes() {
+            let next = vocab.len() as u32;
+            vocab.entry(BYTE_CHARS[byte as usize].to_string()).or_insert(next);
+        }
+        let fail = |e: tokenizers::Error| EngineError::Model(format!("tokenizer: {e}"));
+        let mut inner =
+            tokenizers::Tokenizer::new(BPE::builder().vocab_and_merges(vocab, vec![]).build().map_err(fail)?);
+        let bytes = ByteLevel::new(false, true, false);
+        inner.with_pre_tokenizer(Some(bytes)).with_decoder(Some(bytes));
+        let token = |special: bool| move |t: &&str| AddedToken::from(*t, special).normalized(false);
+        inner.add_tokens(added.iter().map(token(false))).map_err(fail)?;
+        inner.add_special_tokens(special.iter().map(token(true))).map_err(fail)?;
+        let roles = [("eos_token", eos), ("pad_token", eos)].map(|(k, v)| (k.to_string(), v.to_string()));
+        Self::new(inner, roles.into(), &[])
+    }
+
+    /// Token ids of `text`; nothing is added, and special tokens that the text spells out are recognised.
+    ///
+    /// # Errors
+    /// Characters that the vocabulary cannot express.
+    pub fn encode(&self, text: &str) -> Result<Vec<TokenId>> {
+        let fail = |e: tokenizers::Error| EngineError::Model(format!("tokenizer: {e}"));
+        if !self.has_gaps {
+            return Ok(self.inner.encode_fast(text, false).map_err(fail)?.get_ids().to_vec());
+        }
+        let encoding = self.inner.encode(text, false).map_err(fail)?;
+        let mut covered = 0;
+        for &(start, end) in encoding.get_offsets() {
+            if start > covered {
+                break;
+            }
+            covered = covered.max(end);
+        }
+        match text.get(covered..).and_then(|rest| rest.chars().next()) {
+            None => Ok(encoding.get_ids().to_vec()),
+            Some(c) => Err(EngineError::Model(format!(
+                "tokenizer: no token for {c:?} at byte {covered} of the text\nhint: use a tokenizer whose vocabulary covers the data"
+            ))),
+        }
+    }
+
+    /// Text of `ids`; incomplete UTF-8 shows as U+FFFD, ids outside the vocabulary as nothing.
+    pub fn decode(&self, ids: &[TokenId], skip_special: bool) -> String {
+        self.inner.decode(ids, skip_special).unwrap_or_else(|_| {
+            // No decoder of a known model fails; one that did would still show its tokens.
+            ids.iter().filter_map(|&id| self.inner.id_to_token(id)).collect()
+        })
+    }
+
+    /// Id of a token, exactly as the vocabulary spells it.
+    pub fn token_to_id(&self, token: &str) -> Option<TokenId> {
+        self.inner.token_to_id(token)
+    }
+
+    /// The vocabulary's spelling of an id.
+    pub fn id_to_token(&self, id: TokenId) -> Option<String> {
+        self.inner.id_to_token(id)
+    }
+
+    /// Largest id plus one; a model's embedding may have more rows.
+    pub fn vocab_size(&self) -> usize {
+        self.vocab_size
+    }
+
+    /// Ids that end a text, ascending.
+    pub fn eos(&self) -> &[TokenId] {
+        &self.eos
+    }
+
+    /// The padding token where one is named.
+    pub fn pad(&self) -> Option<TokenId> {
+        self.special_tokens.get("pad_token").and_then(|t| self.token_to_id(t))
+    }
+
+    /// Whether `decode` with `skip_special` leaves this id out.
+    pub fn is_special(&self, id: TokenId) -> bool {
+        self.special.get(id as usize).copied().unwrap_or(false)
+    }
+
+    /// Roles (`bos_token`, `eos_token`, …) and their tokens.
+    pub fn special_tokens(&self) -> &BTreeMap<String, String> {
+        &self.special_tokens
+    }
+
+    /// The `tokenizer.json` of this tokenizer.
+    ///
+    /// # Errors
+    /// None in practice; the serialiser's message if it fails.
+    pub fn to_json(&self) -> Result<String> {
+        self.inner.to_string(true).map_err(|e| EngineError::Model(format!("tokenizer: {e}")))
+    }
+
+    fn is_byte_level(&self) -> bool {
+        matches!(self.inner.get_decoder(), Some(DecoderWrapper::ByteLevel(_)))
+    }
+}
+
+/// The object in a JSON file, or `None` where there is no file.
+pub(crate) fn read_object(path: &Path) -> Result<Option<Map<String, Value>>> {
+    let bytes = match std::fs::read(path) {
+        Ok(bytes) => bytes,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(EngineError::io(path)(e)),
+    };
+    match serde_json::from_slice(&bytes) {
+        Ok(Value::Object(map)) => Ok(Some(map)),
+        Ok(_) => Err(EngineError::malformed(path, "top level", "expected an object")),
+        Err(e) => Err(EngineError::malformed(path, format!("line {}", e.line()), e.to_string())),
+    }
+}
+
+/// The `*_token` entries, written as text or as `{"content": text, …}`.
+fn named_tokens(map: &Map<String, Value>) -> impl Iterator<Item = (String, String)> + '_ {
+    map.iter().filter(|(key, _)| key.ends_with("_token")).filter_map(|(key, value)| {
+        let text = value.as_str().or_else(|| value.get("content").and_then(Value::as_str))?;
+        Some((key.clone(), text.to_string()))
+    })
+}
+
+/// The printable character that byte-level vocabularies write for each byte (GPT-2's `bytes_to_unicode`).
+static BYTE_CHARS: LazyLock<[char; 256]> = LazyLock::new(|| {
+    let mut next = 256;
+    std::array::from_fn(|byte| match byte {
+        0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff => char::from(byte as u8),
+        _ => {
+            next += 1;
+            char::from_u32(next - 1).expect("below the surrogates")
+        }
+    })
+});
+
+/// Byte of each such character, by code point.
+static CHAR_BYTES: LazyLock<Vec<Option<u8>>> = LazyLock::new(|| {
+    let mut bytes = vec![None; 512];
+    for (byte, c) in BYTE_CHARS.iter().enumerate() {
+        bytes[*c as usize] = Some(byte as u8);
+    }
+    bytes
+});
+
+/// Appends the bytes that a byte-level token stands for; a token outside the byte alphabet stands for itself.
+fn push_token_bytes(token: &str, out: &mut Vec<u8>) {
+    let start = out.len();
+    for c in token.chars() {
+        match CHAR_BYTES.get(c as usize).copied().flatten() {
+            Some(byte) => out.push(byte),
+            None => {
+                out.truncate(start);
+                out.extend_from_slice(token.as_bytes());
+                return;
+            }
+        }
+    }
+}
+
+/// Decodes ids one at a time.
+///
+/// The text so far always ends at a whole character; bytes of an unfinished one wait for the next token (or
+/// for [`Detokenizer::finish`], which shows them as U+FFFD like [`Tokenizer::decode`]).
+pub struct Detokenizer {
+    tokenizer: Tokenizer,
+    skip_special: bool,
+    ids: Vec<TokenId>,
+    text: String,
+    /// Byte end of each pushed token in `text`; a token that ends inside a character ends before it.
+    ends: Vec<u32>,
+    mode: Mode,
+}
+
+enum Mode {
+    /// Byte-level vocabularies: the bytes of an unfinished character.
+    Bytes(Vec<u8>),
+    /// Any other decoder: it sees the tokens from `anchor` on; those before `read` gave `known` bytes.
+    Window { anchor: usize, read: usize, known: usize },
+}
+
+impl Detokenizer {
+    /// Starts an empty text.
+    pub fn new(tokenizer: &Tokenizer, skip_special: bool) -> Self {
+        let mode = if tokenizer.is_byte_level() {
+            Mode::Bytes(vec![])
+        } else {
+            Mode::Window { anchor: 0, read: 0, known: 0 }
+        };
+        Self {
+            tokenizer: tokenizer.clone(),
+            skip_special,
+            ids: vec![],
+            text: String::new(),
+            ends: vec![],
+            mode,
+        }
+    }
+
+    /// Takes one more id and returns the text that it completed (often the token, sometimes nothing).
+    pub fn push(&mut self, id: TokenId) -> &str {
+        let before = self.text.len();
+        self.ids.push(id);
+        match &mut self.mode {
+            Mode::Bytes(pending) => {
+                if !(self.skip_special && self.tokenizer.is_special(id)) {
+                    if let Some(token) = self.tokenizer.id_to_token(id) {
+                        push_token_bytes(&token, pending);
+                    }
+                    take_complete(pending, &mut self.text);
+                }
+            }
+            Mode::Window { anchor, read, known } => {
+                let window = self.tokenizer.decode(&self.ids[*anchor..], self.skip_special);
+                let waits = window.ends_with('\u{FFFD}') || is_byte_token(&self.tokenizer, id);
+                if !waits && window.is_char_boundary(*known) && window.len() >= *known {
+                    self.text.push_str(&window[*known..]);
+                    // The next window starts at this token, so that its decoder sees a left neighbour.
+                    *anchor = self.ids.len() - 1;
+                    *read = self.ids.len();
+                    *known = self.tokenizer.decode(&self.ids[*anchor..*read], self.skip_special).len();
+                }
+            }
+        }
+        self.ends.push(self.text.len() as u32);
+        &self.text[before..]
+    }
+
+    /// The text so far, whole characters only.
+    pub fn text(&self) -> &str {
+        &self.text
+    }
+
+    /// What [`Tokenizer::decode`] gives for the ids so far: the text and U+FFFD for what is unfinished.
+    pub fn preview(&self) -> String {
+        match &self.mode {
+            Mode::Bytes(pending) => format!("{}{}", self.text, String::from_utf8_lossy(pending)),
+            Mode::Window { .. } => self.tokenizer.decode(&self.ids, self.skip_special),
+        }
+    }
+
+    /// Byte offset in [`Detokenizer::text`] at which each pushed token ends.
+    pub fn ends(&self) -> &[u32] {
+        &self.ends
+    }
+
+    /// Ids pushed so far.
+    pub fn ids(&self) -> &[TokenId] {
+        &self.ids
+    }
+
+    /// The whole text, equal to [`Tokenizer::decode`], and the byte end of each token in it.
+    pub fn finish(mut self) -> (String, Vec<u32>) {
+        let whole = self.preview();
+        // Tokens that wait at the end finish with the text.
+        let settled = self.text.len() as u32;
+        let waiting = self.ends.iter().rev().take_while(|e| **e == settled).count();
+        if whole.len() > self.text.len() && waiting > 0 {
+            if let Some(last) = self.ends.last_mut() {
+                *last = whole.len() as u32;
+            }
+        }
+        // A decoder that rewrote earlier text can have moved the character boundaries.
+        for end in &mut self.ends {
+            let mut at = (*end as usize).min(whole.len());
+            while !whole.is_char_boundary(at) {
+                at -= 1;
+            }
+            *end = at as u32;
+        }
+        (whole, self.ends)
+    }
+}
+
+/// Moves the whole characters (and U+FFFD for bytes that no continuation can save) from `pending` to `text`.
+fn take_complete(pending: &mut Vec<u8>, text: &mut String) {
+    let mut start = 0;
+    loop {
+        match std::str::from_utf8(&pending[start..]) {
+            Ok(valid) => {
+                text.push_str(valid);
+                start = pending.len();
+                break;
+            }
+            Err(e) => {
+                let valid = &pending[start..start + e.valid_up_to()];
+                text.push_str(&String::from_utf8_lossy(valid));
+                start += e.valid_up_to();
+                match e.error_len() {
+                    Some(bad) => {
+                        text.push('\u{FFFD}');
+                        start += bad;
+                    }
+                    None => break,
+                }
+            }
+        }
+    }
+    pending.drain(..start);
+}
+
+/// Whether this is a byte-fallback token such as `<0xE2>`: its neighbours decide what it shows.
+fn is_byte_token(tokenizer: &Tokenizer, id: TokenId) -> bool {
+    tokenizer.id_to_token(id).is_some_and(|t| t.len() == 6 && t.starts_with("<0x") && t.ends_with('>'))
+}
