@@ -164,6 +164,10 @@ impl Comparison<'_> {
     }
 
     fn bare_lists(&mut self, a: &[Expr], b: &[Expr]) -> bool {
+        let tuples = a.iter().chain(b).all(|e| matches!(e, Expr::Bracket(..)));
+        if tuples && !self.options.ordered_lists {
+            return self.sets(a, b);
+        }
         if a.len() != b.len() {
             return false;
         }
@@ -360,6 +364,10 @@ fn simplified(e: &Expr) -> Expr {
                 } else {
                     return simplified(&last);
                 }
+            }
+            // An equality of two numbers is a calculation, and its result the answer.
+            if signs[..] == [Rel::Eq] && sides.iter().all(|s| is_scalar(s) && variables(&[s]).is_empty()) {
+                return simplified(&sides[1]);
             }
             let chain = Expr::Chain(sides, signs);
             if has_pm(&chain) {

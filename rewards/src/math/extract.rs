@@ -368,9 +368,15 @@ fn announced(text: &str, options: &ExtractOptions, hits: &mut Vec<(u32, Hit)>) {
 /// The first answer in the line after a mark, and whether "I hope" follows it.
 fn after_anchor(text: &str, after: usize, line: &str, options: &ExtractOptions) -> Option<(Hit, bool)> {
     let window = floor(line, 110);
-    let latex =
-        if options.latex { math_from(text, after).filter(|m| m.start <= after + window) } else { None };
-    let plain = if options.expr { plain_first(line) } else { None };
+    // "… is 34": what stands right after the verb comes before what stands nearer.
+    let verb = verb_end(line, options);
+    let latex = if options.latex {
+        math_from(text, after + verb).filter(|m| m.start <= after + verb + window)
+    } else {
+        None
+    };
+    let plain = if options.expr { plain_first(&line[verb..]) } else { None };
+    let plain = plain.map(|(s, e, number)| (s + verb, e + verb, number));
     let (start, hit) = match (latex, plain) {
         (Some(m), Some((s, _, _))) if m.start <= after + s => (m.start, math_run(text, m)),
         (Some(m), None) => (m.start, math_run(text, m)),
@@ -387,6 +393,23 @@ fn after_anchor(text: &str, after: usize, line: &str, options: &ExtractOptions) 
     }
     let hope = text[hit.end..].trim_start_matches(['.', ' ', '*']).starts_with("I hope");
     Some((Hit { mark: Mark::Announced, ..hit }, hope))
+}
+
+/// The end of the first "is" or "are" that an answer follows at once; 0 if there is none.
+fn verb_end(line: &str, options: &ExtractOptions) -> usize {
+    let mut from = 0;
+    while let Some(at) = line[from..].find(" is").map(|i| from + i + 3) {
+        let rest = line[at..].trim_start_matches([':', ' ', '*']);
+        let start = line.len() - rest.len();
+        let math = options.latex && math_from(rest, 0).is_some_and(|m| m.start == 0);
+        let number = options.expr
+            && rest.trim_start_matches(['-', '−', '$', '(', '.']).starts_with(|c: char| c.is_ascii_digit());
+        if start > at && (math || number) {
+            return at;
+        }
+        from = at;
+    }
+    0
 }
 
 /// A text answer: "the answer is an ellipse.", "Answer: Yes".

@@ -10,7 +10,7 @@ use num_rational::BigRational;
 use num_traits::{One, Signed};
 
 /// Nesting an answer may have.
-const MAX_DEPTH: usize = 90;
+const MAX_DEPTH: usize = 240;
 /// Calls of the recursive rules an answer may cost.
 const MAX_WORK: usize = 40_000;
 
@@ -288,12 +288,17 @@ impl Parser {
                     break;
                 }
             }
-            single_or(terms, Expr::Add)
+            let words = terms.len() > 1 && terms.iter().any(|t| matches!(t, Expr::Text(_)));
+            if words { None } else { single_or(terms, Expr::Add) }
         })
     }
 
     fn term(&mut self, negative: bool) -> Option<Expr> {
         let mut left = self.factor(true)?;
+        // Words take part in no product.
+        if matches!(left, Expr::Text(_)) {
+            return (!negative).then_some(left);
+        }
         loop {
             match self.peek() {
                 Some(Tok::Op('*')) => {
@@ -750,6 +755,8 @@ impl Parser {
             '{' if members.len() == 1 => members.swap_remove(0),
             '{' => Expr::Set(members),
             '(' if close == ')' && members.len() == 1 => members.swap_remove(0),
+            // Brackets around an `array` are the matrix's own.
+            '(' | '[' if matches!(members[..], [Expr::Matrix(_)]) => members.swap_remove(0),
             '<' => Expr::Bracket('(', members, ')'),
             _ => Expr::Bracket(open, members, close),
         })

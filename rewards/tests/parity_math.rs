@@ -1,0 +1,161 @@
+//! The mathematics of `rft.math` against recorded verdicts of other graders.
+//!
+//! Rows come from `rewards/math/*.jsonl` under `RFT_FIXTURES` or the repository's `tests/fixtures`.
+
+use rft_rewards::math::{
+    EqualOptions, ExtractOptions, Verdict, VerifyOptions, WhichBox, check, equal, extract_choice, verify,
+};
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+fn rows(name: &str) -> Vec<Value> {
+    let root = std::env::var_os("RFT_FIXTURES").map_or_else(
+        || PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fixtures")),
+        PathBuf::from,
+    );
+    let path = root.join("rewards/math").join(name);
+    let text = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    text.lines()
+        .filter(|l| !l.trim().is_empty())
+        .map(|l| serde_json::from_str(l).expect("a JSON row"))
+        .collect()
+}
+
+fn text<'a>(row: &'a Value, key: &str) -> &'a str {
+    row[key].as_str().unwrap_or_else(|| panic!("{}: no text {key}", row["id"]))
+}
+
+/// Counts of agreeing rows by family, and the rows that do not agree.
+#[derive(Default)]
+struct Tally {
+    families: BTreeMap<String, (usize, usize)>,
+    wrong: Vec<String>,
+}
+
+impl Tally {
+    fn add(&mut self, family: &str, agrees: bool, note: impl FnOnce() -> String) {
+        let counts = self.families.entry(family.to_string()).or_default();
+        counts.0 += usize::from(agrees);
+        counts.1 += 1;
+        if !agrees {
+            self.wrong.push(note());
+        }
+    }
+
+    fn print(&self, title: &str) -> f64 {
+        let (mut good, mut all) = (0, 0);
+        for (family, (g, n)) in &self.families {
+            println!("{title} {family}: {g}/{n}");
+            good += g;
+            all += n;
+        }
+        println!("{title}: {good}/{all} rows agree ({:.2} %)", 100.0 * good as f64 / all.max(1) as f64);
+        for line in &self.wrong {
+            println!("  {line}");
+        }
+        good as f64 / all.max(1) as f64
+    }
+}
+
+#[test]
+fn parity_peer_tests() {
+    let mut tally = Tally::default();
+    for row in rows("peer_tests.jsonl") {
+        if row["doubtful"].as_str().is_some() || row["doubtful"].as_bool() == Some(true) {
+            continue;
+        }
+        let family = text(&row, "family");
+        if let Some(wanted) = row["expected_extraction"].as_array() {
+            let found = extract_choice(text(&row, "pred"), "ABCD");
+            let found: Vec<String> =
+                found.map(|c| vec![c.to_lowercase().to_string(), c.to_string()]).unwrap_or_default();
+            let wanted: Vec<&str> = wanted.iter().filter_map(Value::as_str).collect();
+            tally.add(family, found == wanted, || format!("{} {found:?} not {wanted:?}", row["id"]));
+            continue;
+        }
+        let (gold, pred) = (text(&row, "gold"), text(&row, "pred"));
+        let expected = row["expected"].as_bool().expect("a verdict");
+        let config = &row["config"];
+        let got = if config["grader"].is_string() {
+            // A grader of bare strings, which tells lists apart by their order.
+            equal(gold, pred, &EqualOptions { ordered_lists: true, ..EqualOptions::default() })
+        } else {
+            let has = |kind: &str| {
+                config["extract"].as_array().is_some_and(|e| e.iter().any(|k| k.as_str() == Some(kind)))
+            };
+            let options = VerifyOptions::peer(
+                has("latex"),
+                has("expr"),
+                config["boxed_match_priority"].as_u64().unwrap_or(50) as u32,
+                config["float_rounding"].as_u64().unwrap_or(6) as u32,
+                config["strict"].as_bool().unwrap_or(true),
+                config["allow_set_relation_comp"].as_bool().unwrap_or(false),
+            );
+            verify(gold, pred, &options) == Verdict::Equal
+        };
+        tally.add(family, got == expected, || {
+            let tail =
+                |s: &str| s.chars().rev().take(150).collect::<Vec<_>>().into_iter().rev().collect::<String>();
+            format!("{} wants {expected}: {:?} against {:?}", row["id"], tail(gold), tail(pred))
+        });
+    }
+    assert!(tally.print("peer_tests") >= 0.97);
+}
+
+#[test]
+fn parity_generated() {
+    let mut tally = Tally::default();
+    let mut peer = (0, 0);
+    let mut false_accepts = Vec::new();
+    let mut seconds = Vec::new();
+    for row in rows("generated.jsonl") {
+        let family = text(&row, "family");
+        let (gold, pred) = (text(&row, "gold"), text(&row, "pred"));
+        let verifier = VerifyOptions::default();
+        let started = std::time::Instant::now();
+        let got = match row["pred_answer"].as_str() {
+            Some(answer) => equal(gold, answer, &EqualOptions::default()),
+            None => check(gold, pred, &ExtractOptions::default(), &EqualOptions::default()) == Verdict::Equal,
+        };
+        seconds.push(started.elapsed().as_secs_f64());
+        let boxed = verify(&format!("$\\boxed{{{gold}}}$"), pred, &verifier) == Verdict::Equal;
+        peer.0 += usize::from(Some(boxed) == row["expected"].as_bool());
+        peer.1 += 1;
+        let Some(intended) = row["intended"].as_bool() else { continue };
+        let line = || {
+            format!(
+                "{} {family} wants {intended}, answer {got}, text {boxed}: {gold:?} against {:?} ({})",
+                text(&row, "id"),
+                row["pred_answer"].as_str().unwrap_or(pred),
+                row["note"].as_str().unwrap_or("")
+            )
+        };
+        if !intended && (got || boxed) {
+            false_accepts.push(line());
+        }
+        tally.add(family, got == intended && boxed == intended, line);
+    }
+    let share = tally.print("generated");
+    println!("generated: {}/{} rows agree with math-verify's own verdict", peer.0, peer.1);
+    let total: f64 = seconds.iter().sum();
+    println!(
+        "generated: mean {:.1} µs, slowest {:.2} ms a check",
+        1e6 * total / seconds.len() as f64,
+        1e3 * seconds.iter().fold(0.0f64, |a, b| a.max(*b))
+    );
+    assert!(false_accepts.is_empty(), "false accepts: {false_accepts:#?}");
+    assert!(share >= 0.97);
+}
+
+#[test]
+fn parity_trl_accuracy() {
+    let latex_only = ExtractOptions {
+        expr: false,
+        unanchored: false,
+        answer_tags: false,
+        which_box: WhichBox::First,
+        ..ExtractOptions::default()
+    };
+    let _ = latex_only;
+}
