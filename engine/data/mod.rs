@@ -2,5 +2,6 @@
 
 pub mod arithmetic;
 pub mod prompts;
+mod python;
 pub mod template;
 pub mod tokenizer;

@@ -1,9 +1,407 @@
-//! TEMP
+//! Chat templates: messages to the text of a prompt, as transformers' `apply_chat_template` renders it.
+//!
+//! Jinja by minijinja with Python's string methods, `tojson` as `json.dumps`, `raise_exception`, `strftime_now`,
+//! loop controls and `{% generation %}` blocks. Templates come from strangers: a render has a budget of work and
+//! output, runs on a stack of its own, and reaches no file, clock (but the date) or network.
+
 use std::collections::BTreeMap;
-use crate::error::Result;
-/// TEMP
-pub struct ChatTemplate;
+use std::fmt::Write as _;
+use std::ops::Range;
+use std::sync::Arc;
+
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::{Kwargs, ValueKind};
+use minijinja::{Environment, Error, ErrorKind, State, Value as Jinja};
+use serde_json::{Map, Value, json};
+
+use super::python::{json_dumps, strftime};
+use super::tokenizer::Tokenizer;
+use crate::error::{EngineError, Result};
+use crate::types::TokenId;
+
+/// Largest template source, in bytes.
+const MAX_SOURCE: usize = 1 << 20;
+/// Work that a render may do whatever its input: instructions, or 64 bytes of text each.
+const BASE_FUEL: u64 = 2_000_000;
+/// Further work for each byte of the messages and tools.
+const FUEL_PER_BYTE: u64 = 64;
+/// Stack of a render; values that a template nests are dropped recursively.
+const STACK: usize = 512 << 20;
+/// Marks the end of a message that is to be continued, as in transformers.
+const CONTINUE_TAG: &str = "CONTINUE_FINAL_MESSAGE_TAG ";
+
+/// The point in time that `strftime_now` shows, in UTC.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Moment {
+    /// Seconds since 1970-01-01 00:00:00.
+    pub unix_seconds: i64,
+}
+
+impl Moment {
+    /// The clock's time.
+    pub fn now() -> Self {
+        let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        Self { unix_seconds: since.map_or(0, |d| d.as_secs() as i64) }
+    }
+}
+
+/// A compiled template; cheap to clone.
+#[derive(Clone)]
+pub struct ChatTemplate {
+    env: Arc<Environment<'static>>,
+    source: Arc<str>,
+    special_tokens: Arc<BTreeMap<String, String>>,
+    moment: Option<Moment>,
+}
+
+impl std::fmt::Debug for ChatTemplate {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ChatTemplate").field("bytes", &self.source.len()).finish_non_exhaustive()
+    }
+}
+
 impl ChatTemplate {
-    /// TEMP
-    pub fn new(_source: &str, _special: &BTreeMap<String, String>) -> Result<Self> { Ok(Self) }
+    /// Compiles a template; `special_tokens` (`bos_token`, `eos_token`, …) become its variables.
+    ///
+    /// # Errors
+    /// A source that does not parse (with its line), or is larger than 1 MiB.
+    pub fn new(source: &str, special_tokens: &BTreeMap<String, String>) -> Result<Self> {
+        if source.len() > MAX_SOURCE {
+            return Err(EngineError::Model(format!(
+                "chat template: {} bytes; at most {MAX_SOURCE} are supported",
+                source.len()
+            )));
+        }
+        let mut env = Environment::new();
+        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
+        env.set_syntax(syntax.map_err(|e| failure(&e))?);
+        env.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        env.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
+        env.add_filter("tojson", tojson);
+        env.add_filter("__generation", mark_generation);
+        env.add_function("raise_exception", |message: String| -> std::result::Result<String, Error> {
+            Err(Error::new(ErrorKind::InvalidOperation, format!("the template refuses: {message}")))
+        });
+        env.add_function("strftime_now", strftime_now);
+        let prepared = generation_tags_to_filters(source);
+        let env = on_own_stack(move || {
+            env.add_template_owned("chat", prepared).map(|()| env).map_err(|e| failure(&e))
+        })?;
+        Ok(Self {
+            env: Arc::new(env),
+            source: source.into(),
+            special_tokens: Arc::new(special_tokens.clone()),
+            moment: None,
+        })
+    }
+
+    /// Fixes the date that the template sees, so that the same messages always give the same text.
+    #[must_use]
+    pub fn at(mut self, moment: Moment) -> Self {
+        self.moment = Some(moment);
+        self
+    }
+
+    /// The template's source.
+    pub fn source(&self) -> &str {
+        &self.source
+    }
+
+    /// Renders a conversation.
+    ///
+    /// `messages` is a list of objects, `kwargs` further variables (`enable_thinking`, …);
+    /// `continue_final_message: true` among them leaves the last message open.
+    ///
+    /// # Errors
+    /// What the template refuses, gets wrong, or spends beyond its budget, with its line.
+    pub fn render(
+        &self,
+        messages: &Value,
+        tools: Option<&Value>,
+        kwargs: &Map<String, Value>,
+        add_generation_prompt: bool,
+    ) -> Result<String> {
+        Ok(self.render_marked(messages, tools, kwargs, add_generation_prompt)?.0)
+    }
+
+    /// Renders a conversation and gives the byte ranges of its `{% generation %}` blocks (what the assistant
+    /// wrote); a template without such blocks gives none.
+    ///
+    /// # Errors
+    /// As [`ChatTemplate::render`].
+    pub fn render_marked(
+        &self,
+        messages: &Value,
+        tools: Option<&Value>,
+        kwargs: &Map<String, Value>,
+        add_generation_prompt: bool,
+    ) -> Result<(String, Vec<Range<usize>>)> {
+        let mut kwargs = kwargs.clone();
+        let resume = kwargs.shift_remove("continue_final_message") == Some(Value::Bool(true));
+        let mut messages = with_reasoning_names(messages)?;
+        let unfinished = match (resume, add_generation_prompt) {
+            (false, _) => None,
+            (true, true) => {
+                return Err(EngineError::Model(
+                    "chat template: continue_final_message and add_generation_prompt exclude each other"
+                        .into(),
+                ));
+            }
+            (true, false) => Some(open_last_message(&mut messages)?),
+        };
+        let mut context = Map::new();
+        context.extend(self.special_tokens.iter().map(|(k, v)| (k.clone(), json!(v))));
+        context.insert("messages".into(), messages);
+        context.insert("tools".into(), tools.cloned().unwrap_or_default());
+        context.insert("documents".into(), Value::Null);
+        context.insert("add_generation_prompt".into(), json!(add_generation_prompt));
+        context.extend(kwargs);
+        let moment = self.moment.unwrap_or_else(Moment::now);
+        context.insert("__moment".into(), json!(moment.unix_seconds));
+        let context = Value::Object(context);
+        let size = context.to_string();
+        let mark = unused_mark(&size, &self.source);
+        let fuel = BASE_FUEL + FUEL_PER_BYTE * size.len() as u64;
+        let env = Arc::clone(&self.env);
+        let rendered = on_own_stack(|| {
+            let mut env = (*env).clone();
+            env.set_fuel(Some(fuel));
+            env.add_global("__mark", mark.clone());
+            let template = env.get_template("chat").map_err(|e| failure(&e))?;
+            template.render(to_jinja(&context)).map_err(|e| failure(&e))
+        })?;
+        let (mut text, ranges) = take_marks(&rendered, &mark);
+        if let Some(unfinished) = unfinished {
+            close_at_tag(&mut text, &unfinished)?;
+        }
+        Ok((text, ranges))
+    }
+
+    /// Renders and encodes a conversation, with a mask that is true for the assistant's tokens.
+    ///
+    /// # Errors
+    /// As [`ChatTemplate::render`] and [`Tokenizer::encode`].
+    pub fn encode_with_mask(
+        &self,
+        tokenizer: &Tokenizer,
+        messages: &Value,
+        tools: Option<&Value>,
+        kwargs: &Map<String, Value>,
+    ) -> Result<(Vec<TokenId>, Vec<bool>)> {
+        let (text, ranges) = self.render_marked(messages, tools, kwargs, false)?;
+        tokenizer.encode_marked(&text, &ranges)
+    }
+}
+
+/// Runs on a thread with a large stack (only touched pages cost memory).
+fn on_own_stack<T: Send>(f: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    std::thread::scope(|scope| {
+        let thread =
+            std::thread::Builder::new().name("template".into()).stack_size(STACK).spawn_scoped(scope, f);
+        let thread =
+            thread.map_err(|e| EngineError::Memory(format!("no thread for the chat template: {e}")))?;
+        thread
+            .join()
+            .unwrap_or_else(|_| Err(EngineError::Model("chat template: the template engine failed".into())))
+    })
+}
+
+fn to_jinja(value: &Value) -> Jinja {
+    match value {
+        Value::Null => Jinja::from(()),
+        Value::Bool(b) => Jinja::from(*b),
+        Value::Number(n) => match (n.as_i64(), n.as_u64()) {
+            (Some(n), _) => Jinja::from(n),
+            (None, Some(n)) => Jinja::from(n),
+            (None, None) => Jinja::from(n.as_f64().unwrap_or(f64::NAN)),
+        },
+        Value::String(s) => Jinja::from(s.as_str()),
+        Value::Array(items) => items.iter().map(to_jinja).collect(),
+        Value::Object(map) => Jinja::from_pairs(map.iter().map(|(k, v)| (k.as_str(), to_jinja(v)))),
+    }
+}
+
+fn failure(e: &Error) -> EngineError {
+    let line = e.line().map_or(String::new(), |l| format!("line {l}: "));
+    let hint = match e.kind() {
+        ErrorKind::OutOfFuel => {
+            "\nhint: the template loops or grows without bound; its budget is far above any real conversation's"
+        }
+        _ => "",
+    };
+    let detail = e.detail().map_or(String::new(), |d| format!(": {d}"));
+    EngineError::Model(format!("chat template: {line}{}{detail}{hint}", e.kind()))
+}
+
+/// transformers shows a message's reasoning under every name that templates read.
+fn with_reasoning_names(messages: &Value) -> Result<Value> {
+    let wrong = |found: &Value| {
+        EngineError::Model(format!("chat template: `messages` must be a list of objects, found {found:.80}"))
+    };
+    let list = messages.as_array().ok_or_else(|| wrong(messages))?;
+    let mut out = vec![];
+    for message in list {
+        let message = message.as_object().ok_or_else(|| wrong(message))?;
+        let names = ["reasoning_content", "thinking", "reasoning"];
+        let mut named = Map::new();
+        if let Some(reasoning) = names.iter().find_map(|n| message.get(*n).filter(|v| !v.is_null())) {
+            named.insert("thinking".into(), reasoning.clone());
+            named.extend(message.clone());
+            named.insert("reasoning_content".into(), reasoning.clone());
+        } else {
+            named.clone_from(message);
+        }
+        out.push(Value::Object(named));
+    }
+    Ok(Value::Array(out))
+}
+
+/// Appends the tag to the last message's text and returns that text.
+fn open_last_message(messages: &mut Value) -> Result<String> {
+    let refuse = |what: &str| EngineError::Model(format!("chat template: continue_final_message: {what}"));
+    let last =
+        messages.as_array_mut().and_then(|m| m.last_mut()).ok_or_else(|| refuse("there is no message"))?;
+    let content = &mut last["content"];
+    if let Value::Array(parts) = content {
+        let part = parts.iter_mut().rev().find(|p| p["text"].is_string());
+        let part = part.ok_or_else(|| refuse("the last message has no text part"))?;
+        let text = part["text"].as_str().unwrap_or_default().to_string();
+        part["text"] = json!(format!("{text}{CONTINUE_TAG}"));
+        return Ok(text);
+    }
+    let text = content.as_str().ok_or_else(|| refuse("the last message has no text"))?.to_string();
+    *content = json!(format!("{text}{CONTINUE_TAG}"));
+    Ok(text)
+}
+
+/// Cuts the rendered text where the last message ended.
+fn close_at_tag(text: &mut String, unfinished: &str) -> Result<()> {
+    let tag = CONTINUE_TAG.trim();
+    let at = text.rfind(tag).filter(|_| text.contains(unfinished.trim())).ok_or_else(|| {
+        EngineError::Model(
+            "chat template: continue_final_message: the template drops or rewrites the last message".into(),
+        )
+    })?;
+    let kept_spacing = text[at..].starts_with(CONTINUE_TAG);
+    text.truncate(at);
+    if !kept_spacing {
+        text.truncate(text.trim_end().len());
+    }
+    Ok(())
+}
+
+/// minijinja has no `{% generation %}`: a filter block in its place wraps the text in marks.
+fn generation_tags_to_filters(source: &str) -> String {
+    let tag = generation_tags(source);
+    let mut out = String::with_capacity(source.len());
+    let mut at = 0;
+    for (range, replacement) in tag {
+        out.push_str(&source[at..range.start]);
+        out.push_str(&replacement);
+        at = range.end;
+    }
+    out.push_str(&source[at..]);
+    out
+}
+
+/// The `{% generation %}` and `{% endgeneration %}` tags and what stands in for them.
+fn generation_tags(source: &str) -> Vec<(Range<usize>, String)> {
+    let mut found = vec![];
+    let mut from = 0;
+    while let Some(open) = source[from..].find("{%").map(|i| from + i) {
+        let Some(close) = source[open..].find("%}").map(|i| open + i) else { break };
+        let body = &source[open + 2..close];
+        from = open + 2;
+        let (left, rest) = match body.strip_prefix(['-', '+']) {
+            Some(rest) => (&body[..1], rest),
+            None => ("", body),
+        };
+        let (right, word) = match rest.strip_suffix(['-', '+']) {
+            Some(word) => (&rest[rest.len() - 1..], word),
+            None => ("", rest),
+        };
+        let stand_in = match word.trim() {
+            "generation" => "filter __generation",
+            "endgeneration" => "endfilter",
+            _ => continue,
+        };
+        // As many lines as before, so that errors name the right one.
+        let lines = "\n".repeat(word.matches('\n').count());
+        found.push((open..close + 2, format!("{{%{left} {stand_in}{lines} {right}%}}")));
+        from = close + 2;
+    }
+    found
+}
+
+/// A string that neither the input nor the template holds.
+fn unused_mark(input: &str, source: &str) -> String {
+    (0u32..)
+        .map(|i| format!("\u{FDD0}{i}\u{FDD1}"))
+        .find(|mark| !input.contains(mark.as_str()) && !source.contains(mark.as_str()))
+        .expect("some number is free")
+}
+
+fn mark_generation(state: &State<'_, '_>, body: &str) -> std::result::Result<Jinja, Error> {
+    let mark = state.lookup("__mark").unwrap_or_default();
+    let mark = mark.as_str().unwrap_or_default();
+    Ok(Jinja::from(format!("{mark}{body}{mark}")))
+}
+
+/// Removes the marks; every pair encloses a range of the result.
+fn take_marks(rendered: &str, mark: &str) -> (String, Vec<Range<usize>>) {
+    let (mut text, mut ranges) = (String::with_capacity(rendered.len()), vec![]);
+    let mut start = None;
+    let mut pieces = rendered.split(mark);
+    text.push_str(pieces.next().unwrap_or_default());
+    for piece in pieces {
+        match start.take() {
+            None => start = Some(text.len()),
+            Some(start) => ranges.push(start..text.len()),
+        }
+        text.push_str(piece);
+    }
+    (text, ranges)
+}
+
+fn strftime_now(state: &State<'_, '_>, format: &str) -> std::result::Result<String, Error> {
+    let seconds = state.lookup("__moment").and_then(|m| i64::try_from(m).ok()).unwrap_or(0);
+    strftime(seconds, format).map_err(|e| Error::new(ErrorKind::InvalidOperation, e))
+}
+
+fn tojson(state: &State<'_, '_>, value: Jinja, kwargs: Kwargs) -> std::result::Result<Jinja, Error> {
+    let separators: Option<Vec<String>> = kwargs.get("separators")?;
+    let indent: Option<Jinja> = kwargs.get("indent")?;
+    let indent = match indent {
+        None => None,
+        Some(v) if v.is_none() => None,
+        Some(v) if v.kind() == ValueKind::Number => Some(" ".repeat(usize::try_from(v)?.min(64))),
+        Some(v) => Some(v.as_str().unwrap_or_default().to_string()),
+    };
+    let ensure_ascii: Option<bool> = kwargs.get("ensure_ascii")?;
+    let sort_keys: Option<bool> = kwargs.get("sort_keys")?;
+    kwargs.assert_all_used()?;
+    let (item, colon) = match separators.as_deref() {
+        Some([item, colon]) => (item.as_str(), colon.as_str()),
+        Some(_) => return Err(Error::new(ErrorKind::InvalidOperation, "separators: expected two texts")),
+        None if indent.is_some() => (",", ": "),
+        None => (", ", ": "),
+    };
+    let mut out = String::new();
+    json_dumps(
+        &value,
+        &super::python::JsonStyle {
+            item,
+            colon,
+            indent: indent.as_deref(),
+            ensure_ascii: ensure_ascii.unwrap_or(false),
+            sort_keys: sort_keys.unwrap_or(false),
+        },
+        0,
+        &mut |text| {
+            let _ = out.write_str(text);
+            // The engine charges what a filter returns only afterwards.
+            state.consume_fuel(1)
+        },
+    )?;
+    Ok(Jinja::from(out))
 }

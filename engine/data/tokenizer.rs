@@ -4,6 +4,7 @@
 //! of ids into text that never ends inside a character and always equals the decoding of the whole.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::Path;
 use std::sync::{Arc, LazyLock};
 
@@ -186,6 +187,29 @@ impl Tokenizer {
                 "tokenizer: no token for {c:?} at byte {covered} of the text\nhint: use a tokenizer whose vocabulary covers the data"
             ))),
         }
+    }
+
+    /// Token ids of `text`, and whether each token touches one of the byte `ranges` (in order), by the rule of
+    /// transformers' `return_assistant_tokens_mask`: from the token of a range's first character to that of its
+    /// last.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
+    pub fn encode_marked(&self, text: &str, ranges: &[Range<usize>]) -> Result<(Vec<TokenId>, Vec<bool>)> {
+        let fail = |e: tokenizers::Error| EngineError::Model(format!("tokenizer: {e}"));
+        let encoding = self.inner.encode_char_offsets(text, false).map_err(fail)?;
+        let ids = encoding.get_ids().to_vec();
+        let mut mask = vec![false; ids.len()];
+        for range in ranges.iter().filter(|r| !r.is_empty()) {
+            let start = text[..range.start].chars().count();
+            let end = start + text[range.clone()].chars().count();
+            let Some(first) = encoding.char_to_token(start, 0) else { break };
+            // A last character without a token (one that normalisation removed) leaves the range open.
+            let last = encoding.char_to_token(end - 1, 0).filter(|t| *t > 0);
+            let last = last.map_or(ids.len(), |t| t + 1).max(first);
+            mask[first..last].fill(true);
+        }
+        Ok((ids, mask))
     }
 
     /// Text of `ids`; incomplete UTF-8 shows as U+FFFD, ids outside the vocabulary as nothing.
