@@ -1,2 +1,16 @@
-//! m
-fn main(){}
+//! The program: runs the command line and turns errors into messages and exit codes.
+
+use std::process::ExitCode;
+
+use rft_engine::EngineError;
+
+fn main() -> ExitCode {
+    match rft_engine::cli::run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(EngineError::Interrupted) => ExitCode::from(130),
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}

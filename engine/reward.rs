@@ -1,1 +1,145 @@
-//! Groups to rewards: the bridge to the verifier pool.
+//! Groups to rewards: hands finished groups to the verifier pool while others still decode.
+
+use std::collections::BTreeMap;
+
+use rft_rewards::{Context, Limits, OnError, Outcome, RewardPool, RewardSpec, Sample};
+
+use crate::config::{OnErrorConfig, RewardConfig};
+use crate::error::{EngineError, Result};
+use crate::types::Group;
+
+/// A group with what its verifiers said.
+#[derive(Debug)]
+pub struct ScoredGroup {
+    /// The completions.
+    pub group: Group,
+    /// One a completion.
+    pub outcomes: Vec<Outcome>,
+}
+
+/// The verifiers of a run.
+pub struct Scorer {
+    pool: RewardPool,
+}
+
+/// Groups of one rollout on their way through the verifiers.
+pub struct Scoring<'a> {
+    scorer: &'a Scorer,
+    context: Context,
+    waiting: BTreeMap<u64, Group>,
+    done: BTreeMap<u64, ScoredGroup>,
+}
+
+impl Scorer {
+    /// Loads the scripts of `rewards` into `workers` sandboxes.
+    ///
+    /// # Errors
+    /// A script that is missing or does not parse, by path and line.
+    pub fn new(rewards: &[RewardConfig], workers: usize) -> Result<Self> {
+        let specs: Vec<RewardSpec> = rewards
+            .iter()
+            .map(|r| {
+                Ok(RewardSpec {
+                    weight: r.weight,
+                    limits: Limits { time_ms: r.time_ms, memory_bytes: r.memory_mb << 20, ..Limits::default() },
+                    on_error: match r.on_error {
+                        OnErrorConfig::Abstain => OnError::Abstain,
+                        OnErrorConfig::Fail => OnError::Fail,
+                        OnErrorConfig::Score => OnError::Score(r.error_score),
+                    },
+                    options: r.options.clone(),
+                    ..RewardSpec::new(rft_rewards::resolve(&r.script).map_err(|e| EngineError::Reward(e.to_string()))?)
+                })
+            })
+            .collect::<Result<_>>()?;
+        let pool = RewardPool::new(specs, workers.max(1)).map_err(|e| EngineError::Reward(e.to_string()))?;
+        Ok(Self { pool })
+    }
+
+    /// Starts scoring the groups of one rollout.
+    pub fn start(&self, step: u64, total_steps: u64, seed: u64) -> Scoring<'_> {
+        let context = Context { step, total_steps, seed };
+        Scoring { scorer: self, context, waiting: BTreeMap::new(), done: BTreeMap::new() }
+    }
+}
+
+impl Scoring<'_> {
+    /// Hands over group number `index`; returns at once.
+    pub fn submit(&mut self, index: usize, group: Group) {
+        let samples = group
+            .completions
+            .iter()
+            .enumerate()
+            .map(|(i, c)| Sample {
+                id: group.prompt.id.clone(),
+                sample: i as u32,
+                completion: c.text.clone(),
+                prompt: group.prompt.text.clone(),
+                fields: group.prompt.fields.clone(),
+                tokens: c.tokens.clone(),
+                token_text_ends: c.token_ends.clone(),
+                finish_reason: c.finish.as_str().to_string(),
+            })
+            .collect();
+        self.waiting.insert(index as u64, group);
+        self.scorer.pool.submit(index as u64, samples, self.context);
+        while let Some((ticket, outcomes)) = self.scorer.pool.try_recv() {
+            self.take(ticket, outcomes);
+        }
+    }
+
+    /// Waits for the rest; the groups in order of their numbers, whatever order they were scored in.
+    ///
+    /// # Errors
+    /// A failed call of a script whose policy is to stop the run.
+    pub fn finish(mut self) -> Result<Vec<ScoredGroup>> {
+        while !self.waiting.is_empty() {
+            let (ticket, outcomes) = self.scorer.pool.recv();
+            self.take(ticket, outcomes);
+        }
+        let groups: Vec<ScoredGroup> = std::mem::take(&mut self.done).into_values().collect();
+        for scored in &groups {
+            for (i, outcome) in scored.outcomes.iter().enumerate() {
+                if let Some(error) = outcome.errors.first().filter(|_| outcome.fatal) {
+                    return Err(EngineError::Reward(format!(
+                        "prompt {}, sample {i}: {error} (on_error = \"fail\")",
+                        scored.group.prompt.id
+                    )));
+                }
+            }
+        }
+        Ok(groups)
+    }
+
+    fn take(&mut self, ticket: u64, outcomes: Vec<Outcome>) {
+        if let Some(group) = self.waiting.remove(&ticket) {
+            self.done.insert(ticket, ScoredGroup { group, outcomes });
+        }
+    }
+}
+
+impl Drop for Scoring<'_> {
+    /// A rollout that ends early leaves no outcome behind for the next one.
+    fn drop(&mut self) {
+        while !self.waiting.is_empty() {
+            let (ticket, outcomes) = self.scorer.pool.recv();
+            self.take(ticket, outcomes);
+        }
+    }
+}
+
+/// Mean of each component over the completions that have it, in order of first appearance.
+pub fn component_means(groups: &[ScoredGroup]) -> Vec<(String, f64)> {
+    let mut sums: Vec<(String, f64, usize)> = Vec::new();
+    for (name, value) in groups.iter().flat_map(|g| &g.outcomes).flat_map(|o| &o.components) {
+        let at = sums.iter().position(|(n, ..)| n == name).unwrap_or_else(|| {
+            sums.push((name.clone(), 0.0, 0));
+            sums.len() - 1
+        });
+        if let Some(value) = value {
+            sums[at].1 += value;
+            sums[at].2 += 1;
+        }
+    }
+    sums.into_iter().map(|(name, sum, n)| (name, if n == 0 { 0.0 } else { sum / n as f64 })).collect()
+}

@@ -1,1 +1,209 @@
-//! prompts
+//! Rows to prompts: JSONL files, templates with `{field}` placeholders, and an order that resumes from one number.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use serde_json::{Map, Value, json};
+
+use crate::data::template::ChatTemplate;
+use crate::data::tokenizer::Tokenizer;
+use crate::error::{EngineError, Result};
+use crate::rng::{Purpose, Stream};
+use crate::types::Prompt;
+
+/// A data row: its fields in the order of the file.
+pub type Row = Map<String, Value>;
+
+/// Reads a JSONL file of objects; blank lines are skipped.
+///
+/// # Errors
+/// An unreadable or empty file; a line that is not a JSON object, by number.
+pub fn read_jsonl(path: &Path) -> Result<Vec<Row>> {
+    let text = std::fs::read_to_string(path).map_err(EngineError::io(path))?;
+    let mut rows = Vec::new();
+    for (i, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
+        let bad = |message: String| EngineError::malformed(path, format!("line {}", i + 1), message);
+        match serde_json::from_str(line).map_err(|e| bad(format!("broken JSON: {e}")))? {
+            Value::Object(row) => rows.push(row),
+            other => return Err(bad(format!("expected an object {{…}}, found {}", kind(&other)))),
+        }
+    }
+    if rows.is_empty() {
+        return Err(EngineError::malformed(path, "file", "holds no row; hint: one JSON object a line"));
+    }
+    Ok(rows)
+}
+
+fn kind(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "null",
+        Value::Bool(_) => "a boolean",
+        Value::Number(_) => "a number",
+        Value::String(_) => "a string",
+        Value::Array(_) => "a list",
+        Value::Object(_) => "an object",
+    }
+}
+
+/// How a row becomes a prompt.
+#[derive(Clone, Copy)]
+pub struct Renderer<'a> {
+    /// Text with `{field}` placeholders; without it the row's `prompt` or `messages`.
+    pub template: Option<&'a str>,
+    /// System message.
+    pub system: Option<&'a str>,
+    /// The model's chat template, unless it is not to be used.
+    pub chat: Option<&'a ChatTemplate>,
+    /// The model's tokenizer.
+    pub tokenizer: &'a Tokenizer,
+}
+
+impl Renderer<'_> {
+    /// The prompt of row `index`.
+    ///
+    /// # Errors
+    /// A missing field, by row and name; a chat template that refuses; text that the tokenizer cannot express.
+    pub fn prompt(&self, index: usize, row: &Row) -> Result<Prompt> {
+        let id = match row.get("id") {
+            Some(Value::String(id)) => id.clone(),
+            Some(Value::Null) | None => index.to_string(),
+            Some(other) => other.to_string(),
+        };
+        let bad = |message: String| EngineError::Config(format!("row {id}: {message}"));
+        let messages = match (self.template, row.get("prompt"), row.get("messages")) {
+            (Some(template), ..) => Content::Text(fill(template, row).map_err(bad)?),
+            (None, Some(Value::String(prompt)), _) => Content::Text(prompt.clone()),
+            (None, _, Some(Value::Array(messages))) => Content::Messages(messages.clone()),
+            _ => return Err(bad("no `prompt` (string) or `messages` (list); hint: set data.prompt to a template such as \"{question}\"".into())),
+        };
+        let text = match (self.chat, messages) {
+            (Some(chat), content) => {
+                let mut list: Vec<Value> =
+                    self.system.iter().map(|s| json!({"role": "system", "content": s})).collect();
+                match content {
+                    Content::Text(text) => list.push(json!({"role": "user", "content": text})),
+                    Content::Messages(messages) => list.extend(messages),
+                }
+                chat.render(&Value::Array(list), row.get("tools"), &Map::new(), true)
+                    .map_err(|e| bad(e.to_string()))?
+            }
+            (None, Content::Text(text)) => text,
+            (None, Content::Messages(_)) => {
+                return Err(bad("has `messages`, and the model has no chat template (or data.chat is false)".into()));
+            }
+        };
+        let tokens = self.tokenizer.encode(&text).map_err(|e| bad(e.to_string()))?;
+        Ok(Prompt { index, id, text, tokens, fields: Arc::new(row.clone()) })
+    }
+}
+
+enum Content {
+    Text(String),
+    Messages(Vec<Value>),
+}
+
+/// Fills `{field}` placeholders; `{{` and `}}` are braces.
+fn fill(template: &str, row: &Row) -> std::result::Result<String, String> {
+    let (mut out, mut rest) = (String::new(), template);
+    while let Some(at) = rest.find(['{', '}']) {
+        out.push_str(&rest[..at]);
+        let brace = &rest[at..at + 1];
+        rest = &rest[at + 1..];
+        if rest.starts_with(brace) {
+            out.push_str(brace);
+            rest = &rest[1..];
+            continue;
+        }
+        let Some(end) = rest.find('}').filter(|_| brace == "{") else {
+            return Err(format!("the prompt template has a lone `{brace}`; write `{brace}{brace}` for the character"));
+        };
+        let field = &rest[..end];
+        match row.get(field) {
+            Some(Value::String(text)) => out.push_str(text),
+            Some(other) => out.push_str(&other.to_string()),
+            None => {
+                let known: Vec<&str> = row.keys().map(String::as_str).collect();
+                return Err(format!("the prompt template names `{{{field}}}`, and the row has only: {}", known.join(", ")));
+            }
+        }
+        rest = &rest[end + 1..];
+    }
+    out.push_str(rest);
+    Ok(out)
+}
+
+/// A fresh shuffle of `n` rows each epoch, as a pure function of a position in the endless sequence.
+#[derive(Debug, Clone)]
+pub struct Order {
+    seed: u64,
+    epoch: u64,
+    rows: Vec<usize>,
+}
+
+impl Order {
+    /// The order of `n` rows (at least one) under `seed`.
+    pub fn new(seed: u64, n: usize) -> Self {
+        let mut order = Self { seed, epoch: 0, rows: (0..n).collect() };
+        order.shuffle(0);
+        order
+    }
+
+    fn shuffle(&mut self, epoch: u64) {
+        self.epoch = epoch;
+        self.rows.sort_unstable();
+        Stream::new(self.seed, Purpose::Shuffle, &[epoch]).shuffle(&mut self.rows);
+    }
+
+    /// The row at `position`.
+    pub fn at(&mut self, position: u64) -> usize {
+        let n = self.rows.len() as u64;
+        if position / n != self.epoch {
+            self.shuffle(position / n);
+        }
+        self.rows[(position % n) as usize]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn row() -> Row {
+        let Value::Object(row) = json!({"question": "2+2?", "n": 7}) else { unreachable!("an object literal") };
+        row
+    }
+
+    #[test]
+    fn placeholders_take_fields_and_double_braces_are_braces() {
+        assert_eq!(fill("Q: {question} {{{n}}}", &row()).unwrap(), "Q: 2+2? {7}");
+        assert!(fill("{missing}", &row()).unwrap_err().contains("`{missing}`"));
+        assert!(fill("a } b", &row()).unwrap_err().contains("lone"));
+    }
+
+    #[test]
+    fn every_epoch_visits_every_row_and_a_position_is_enough_to_resume() {
+        let mut order = Order::new(5, 7);
+        let first: Vec<usize> = (0..21).map(|p| order.at(p)).collect();
+        for epoch in first.chunks(7) {
+            let mut seen = epoch.to_vec();
+            seen.sort_unstable();
+            assert_eq!(seen, (0..7).collect::<Vec<_>>());
+        }
+        assert_ne!(first[..7], first[7..14]);
+        let mut resumed = Order::new(5, 7);
+        assert_eq!(first[12..], (12..21).map(|p| resumed.at(p)).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn a_broken_row_is_named_by_file_and_line() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("d.jsonl");
+        std::fs::write(&path, "{\"a\": 1}\n\n{\"a\": \n").unwrap();
+        let error = read_jsonl(&path).unwrap_err().to_string();
+        assert!(error.contains("d.jsonl") && error.contains("line 3"), "{error}");
+        std::fs::write(&path, "[1]\n").unwrap();
+        assert!(read_jsonl(&path).unwrap_err().to_string().contains("a list"));
+        std::fs::write(&path, "\n").unwrap();
+        assert!(read_jsonl(&path).unwrap_err().to_string().contains("no row"));
+    }
+}

@@ -1,1 +1,146 @@
-//! progress
+//! What a person sees while a run goes on, and at its end. Everything goes to stderr.
+
+use std::io::{IsTerminal, Write};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use crate::report::metrics::{EvalResult, StepMetrics};
+
+/// A line a step: redrawn in place on a terminal, printed one below the other elsewhere.
+#[derive(Debug)]
+pub struct Progress {
+    terminal: bool,
+    label: String,
+    total: u64,
+    first: u64,
+    started: Instant,
+    pending: bool,
+}
+
+/// A completion to show at the end.
+#[derive(Debug, Clone)]
+pub struct Example {
+    /// The prompt's last line.
+    pub prompt: String,
+    /// The completion.
+    pub completion: String,
+    /// Reward, `None` where every verifier abstained.
+    pub reward: Option<f64>,
+    /// Its components.
+    pub components: Vec<(String, Option<f64>)>,
+}
+
+impl Progress {
+    /// Starts a stage that has done `first` of its `total` steps.
+    pub fn start(label: &str, first: u64, total: u64) -> Self {
+        let terminal = std::io::stderr().is_terminal();
+        Self { terminal, label: label.to_string(), total, first, started: Instant::now(), pending: false }
+    }
+
+    /// One step of supervised fine-tuning.
+    pub fn sft_step(&mut self, step: u64, loss: f64, tokens_per_s: f64) {
+        let text = format!("loss {loss:.4}  {tokens_per_s:.0} tok/s");
+        // without a terminal, every tenth step is enough to follow a warm-up
+        if self.terminal || step % 10 == 0 || step == self.total {
+            self.line(step, &text);
+        }
+    }
+
+    /// One step of reinforcement.
+    pub fn grpo_step(&mut self, m: &StepMetrics) {
+        let components: String = m.components.iter().map(|(name, mean)| format!("  {name} {mean:.2}")).collect();
+        let eval = m.eval_reward.map_or(String::new(), |r| format!("  held-out {r:.3}"));
+        let text = format!(
+            "reward {:.3}{components}  kl {:.4}  entropy {:.2}  {:.0} tok/s rollout  {:.0} tok/s learner{eval}",
+            m.reward_mean, m.kl, m.entropy, m.rollout_tokens_per_s, m.learner_tokens_per_s
+        );
+        self.line(m.step, &text);
+    }
+
+    fn line(&mut self, step: u64, text: &str) {
+        let done = step.saturating_sub(self.first).max(1);
+        let left = self.started.elapsed().mul_f64(self.total.saturating_sub(step) as f64 / done as f64);
+        let line = format!("{} {step:>4}/{}  {text}  {} left", self.label, self.total, clock(left));
+        let mut err = std::io::stderr().lock();
+        // a progress line that cannot be written is no reason to stop a run
+        let _ = if self.terminal { write!(err, "\r\x1b[2K{line}") } else { writeln!(err, "{line}") };
+        let _ = err.flush();
+        self.pending = self.terminal;
+    }
+
+    /// Ends the live line.
+    pub fn finish(&mut self) {
+        if std::mem::take(&mut self.pending) {
+            eprintln!();
+        }
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        self.finish();
+    }
+}
+
+fn clock(time: Duration) -> String {
+    let seconds = time.as_secs();
+    match seconds {
+        0..60 => format!("{seconds} s"),
+        60..3600 => format!("{}:{:02} min", seconds / 60, seconds % 60),
+        _ => format!("{}:{:02} h", seconds / 3600, seconds % 3600 / 60),
+    }
+}
+
+/// The table of held-out results before and after reinforcement.
+pub fn before_after(before: &EvalResult, after: &EvalResult) -> String {
+    let mut text = format!("  {:<22} {:>8} {:>8} {:>8}\n", "held-out", "before", "after", "change");
+    let mut row = |name: &str, a: f64, b: f64| {
+        text += &format!("  {name:<22} {a:>8.3} {b:>8.3} {:>+8.3}\n", b - a);
+    };
+    row("reward", before.reward, after.reward);
+    for (name, value) in &after.components {
+        let old = before.components.iter().find(|(n, _)| n == name).map_or(0.0, |(_, v)| *v);
+        row(name, old, *value);
+    }
+    for ((k, old), (_, new)) in before.pass_at_k.iter().zip(&after.pass_at_k) {
+        row(&format!("pass@{k}"), *old, *new);
+    }
+    row("tokens a completion", before.completion_tokens_mean, after.completion_tokens_mean);
+    text
+}
+
+/// Completions with their reward components.
+pub fn examples(examples: &[Example]) -> String {
+    let mut text = String::new();
+    for example in examples {
+        let reward = example.reward.map_or("none".into(), |r| format!("{r:.2}"));
+        let parts: Vec<String> = example
+            .components
+            .iter()
+            .map(|(name, value)| format!("{name} {}", value.map_or("abstained".into(), |v| format!("{v:.2}"))))
+            .collect();
+        let prompt = example.prompt.trim().lines().last().unwrap_or_default();
+        text += &format!("  {prompt}\n    {}\n    reward {reward} = {}\n", one_line(&example.completion), parts.join(", "));
+    }
+    text
+}
+
+fn one_line(text: &str) -> String {
+    let flat = text.trim().replace('\n', "⏎");
+    match flat.char_indices().nth(240) {
+        Some((at, _)) => format!("{}…", &flat[..at]),
+        None => flat,
+    }
+}
+
+/// Where everything of a run was saved.
+pub fn places(root: &Path) -> String {
+    let at = |name: &str| root.join(name).display().to_string();
+    format!(
+        "  model    {}\n  metrics  {}\n  samples  {}\n  report   {}\n",
+        at("final"),
+        at("metrics.jsonl"),
+        at("samples.jsonl"),
+        at("report.html")
+    )
+}

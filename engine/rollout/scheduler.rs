@@ -16,7 +16,6 @@ use crate::rollout::block_pool::{BlockPool, PrefixHash};
 use crate::types::{FinishReason, PolicyVersion, Prompt, TokenId};
 
 /// One sample in flight.
-#[derive(Debug)]
 pub struct SampleState {
     /// Drawn tokens.
     pub tokens: Vec<TokenId>,
@@ -42,7 +41,6 @@ enum Phase {
 }
 
 /// One group in flight.
-#[derive(Debug)]
 pub struct GroupState {
     /// What it answers.
     pub prompt: Arc<Prompt>,
@@ -107,7 +105,6 @@ impl Plan {
 }
 
 /// Groups in flight over one block pool.
-#[derive(Debug)]
 pub struct Scheduler<'a> {
     blocks: &'a mut BlockPool,
     /// All groups of the rollout, in request order.
