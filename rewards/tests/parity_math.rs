@@ -3,7 +3,9 @@
 //! Rows come from `rewards/math/*.jsonl` under `RFT_FIXTURES` or the repository's `tests/fixtures`.
 
 use rft_rewards::math::{
-    EqualOptions, ExtractOptions, Verdict, VerifyOptions, WhichBox, check, equal, extract_choice, verify,
+    CosineBounds, EqualOptions, ExtractOptions, GymError, GymItem, Verdict, VerifyOptions, accuracy, check,
+    cosine_scaled, equal, extract_choice, gym_score, reasoning_accuracy, repetition, soft_overlong,
+    think_format, verify,
 };
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -149,13 +151,84 @@ fn parity_generated() {
 }
 
 #[test]
-fn parity_trl_accuracy() {
-    let latex_only = ExtractOptions {
-        expr: false,
-        unanchored: false,
-        answer_tags: false,
-        which_box: WhichBox::First,
-        ..ExtractOptions::default()
-    };
-    let _ = latex_only;
+fn parity_trl_rewards() {
+    let mut tally = Tally::default();
+    for row in rows("trl_rewards.jsonl") {
+        let reward = text(&row, "reward");
+        let whole = |key: &str| row[key].as_u64().unwrap_or_else(|| panic!("{}: no {key}", row["id"]));
+        let number = |key: &str| row[key].as_f64().unwrap_or_else(|| panic!("{}: no {key}", row["id"]));
+        let got = match reward {
+            "think_format" => Some(think_format(text(&row, "completion"))),
+            "soft_overlong" => {
+                Some(soft_overlong(whole("length"), whole("max_completion_len"), whole("soft_punish_cache")))
+            }
+            "repetition" => {
+                let ids: Vec<u32> = row["completion_ids"]
+                    .as_array()
+                    .map(|a| a.iter().filter_map(|v| v.as_u64().map(|n| n as u32)).collect())
+                    .unwrap_or_default();
+                Some(repetition(&ids, whole("ngram_size") as usize, number("max_penalty")))
+            }
+            "cosine_scaled" => {
+                let bounds = match row["bounds"]
+                    .as_array()
+                    .map(|b| b.iter().filter_map(Value::as_f64).collect::<Vec<_>>())
+                {
+                    Some(b) => {
+                        let [min_wrong, max_wrong, min_correct, max_correct] =
+                            <[f64; 4]>::try_from(b).expect("four bounds");
+                        CosineBounds { min_wrong, max_wrong, min_correct, max_correct }
+                    }
+                    None => CosineBounds::default(),
+                };
+                let correct = row["correct"].as_bool().expect("correct or not");
+                Some(cosine_scaled(whole("length"), whole("max_len"), correct, &bounds))
+            }
+            "accuracy" => accuracy(text(&row, "completion"), text(&row, "solution")),
+            "reasoning_accuracy" => reasoning_accuracy(text(&row, "completion"), text(&row, "solution")),
+            other => panic!("{}: unknown reward {other}", row["id"]),
+        };
+        let expected = row["expected"].as_f64();
+        let agrees = match (got, expected) {
+            (Some(a), Some(b)) => (a - b).abs() <= 1e-15,
+            (a, b) => a == b,
+        };
+        tally.add(reward, agrees, || format!("{} {got:?} not {expected:?}", row["id"]));
+    }
+    assert_eq!(tally.print("trl_rewards"), 1.0);
+}
+
+#[test]
+fn parity_reasoning_gym() {
+    let mut tally = Tally::default();
+    for row in rows("reasoning_gym.jsonl") {
+        let task = text(&row, "task");
+        let numbers: Vec<i64> = row["numbers"]
+            .as_array()
+            .map(|a| a.iter().filter_map(Value::as_i64).collect())
+            .unwrap_or_default();
+        let item = GymItem {
+            task,
+            question: text(&row, "question"),
+            gold: text(&row, "gold"),
+            numbers: &numbers,
+            target: row["target"].as_f64(),
+        };
+        for candidate in row["candidates"].as_array().expect("candidates") {
+            let got = gym_score(&item, candidate["text"].as_str());
+            let agrees = match (&got, &candidate["score"]) {
+                (Ok(score), expected) if expected.is_number() => {
+                    expected.as_f64().is_some_and(|e| (score - e).abs() <= 1e-12)
+                }
+                (Err(GymError::Unscorable { .. }), expected) => {
+                    expected.as_str().is_some_and(|e| e.starts_with("error:"))
+                }
+                _ => false,
+            };
+            tally.add(task, agrees, || {
+                format!("{} {}: {got:?} not {}", row["id"], candidate["text"], candidate["score"])
+            });
+        }
+    }
+    assert_eq!(tally.print("reasoning_gym"), 1.0);
 }

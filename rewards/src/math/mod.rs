@@ -7,21 +7,29 @@
 //! `rewards/docs/math-disagreements.md`.
 
 mod compare;
+mod derivative;
 mod expr;
 mod extract;
+mod gym;
 mod lexer;
 mod normal;
 mod number;
 mod numeric;
 mod options;
 mod parser;
+mod python;
 mod scalar;
+mod shaping;
 mod text;
 mod units;
 
 pub use extract::{extract, extract_choice};
+pub use gym::{GymError, GymItem, contained, countdown, gym_score, puzzle24, same_decimal};
 pub use number::parse_number;
 pub use options::{EqualOptions, ExtractOptions, Extracted, Mark, Verdict, VerifyOptions, WhichBox};
+pub use shaping::{
+    CosineBounds, accuracy, cosine_scaled, reasoning_accuracy, repetition, soft_overlong, think_format,
+};
 
 /// Bytes of an answer beyond which only identical texts are equal.
 const MAX_ANSWER: usize = 6_000;
