@@ -330,6 +330,7 @@ fn push_token_bytes(token: &str, out: &mut Vec<u8>) {
 ///
 /// The text so far always ends at a whole character; bytes of an unfinished one wait for the next token (or
 /// for [`Detokenizer::finish`], which shows them as U+FFFD like [`Tokenizer::decode`]).
+#[derive(Debug)]
 pub struct Detokenizer {
     tokenizer: Tokenizer,
     skip_special: bool,
@@ -340,6 +341,7 @@ pub struct Detokenizer {
     mode: Mode,
 }
 
+#[derive(Debug)]
 enum Mode {
     /// Byte-level vocabularies: the bytes of an unfinished character.
     Bytes(Vec<u8>),
