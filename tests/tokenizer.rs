@@ -14,7 +14,8 @@ fn fixtures() -> PathBuf {
 }
 
 fn read_json(path: &Path) -> Value {
-    serde_json::from_slice(&std::fs::read(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))).unwrap()
+    serde_json::from_slice(&std::fs::read(path).unwrap_or_else(|e| panic!("{}: {e}", path.display())))
+        .unwrap()
 }
 
 fn load(name: &str) -> Tokenizer {
@@ -38,11 +39,16 @@ fn parity_tokenizer_cases() {
             && json!(tokenizer.decode(&ids, false)) == case["decoded"]
             && json!(tokenizer.decode(&ids, true)) == case["decoded_skip_special"];
         let mut stream = Detokenizer::new(tokenizer, false);
-        for (id, want) in ids.iter().zip(case["prefix_decodes"].as_array().unwrap()) {
+        // Long texts come without prefixes; the whole must still agree.
+        let wanted = case["prefix_decodes"].as_array().map_or(&[][..], Vec::as_slice);
+        assert!(wanted.is_empty() || wanted.len() == ids.len());
+        for (i, id) in ids.iter().enumerate() {
             stream.push(*id);
+            let Some(want) = wanted.get(i) else { continue };
             same &= json!(stream.preview()) == *want && want.as_str().unwrap().starts_with(stream.text());
             prefixes += 1;
         }
+        same &= json!(stream.finish().0) == case["decoded"];
         if !same {
             wrong.push(format!("{name}: {text:?}"));
         }
@@ -53,7 +59,7 @@ fn parity_tokenizer_cases() {
 
 /// A Llama-style tokenizer: `▁` for spaces, byte fallback, the first space stripped.
 fn sentencepiece_like() -> Tokenizer {
-    let mut vocab = json!({"<unk>": 0, "</s>": 1, "▁": 2, "▁a": 3, "b": 4, "▁é": 5, "c": 6});
+    let mut vocab = json!({"<unk>": 0, "</s>": 1, "▁": 2, "▁a": 3, "b": 4, "▁é": 5, "a": 6});
     for byte in 0..256u32 {
         vocab[format!("<0x{byte:02X}>")] = json!(7 + byte);
     }
@@ -67,7 +73,8 @@ fn sentencepiece_like() -> Tokenizer {
     });
     let folder = tempfile::tempdir().unwrap();
     std::fs::write(folder.path().join("tokenizer.json"), file.to_string()).unwrap();
-    std::fs::write(folder.path().join("tokenizer_config.json"), json!({"eos_token": "</s>"}).to_string()).unwrap();
+    std::fs::write(folder.path().join("tokenizer_config.json"), json!({"eos_token": "</s>"}).to_string())
+        .unwrap();
     Tokenizer::from_folder(folder.path(), &[]).unwrap()
 }
 
@@ -86,7 +93,10 @@ fn check_stream(tokenizer: &Tokenizer, ids: &[u32], skip: bool) {
     let (text, ends) = stream.finish();
     assert_eq!(text, tokenizer.decode(ids, skip));
     assert_eq!(ends.len(), ids.len());
-    assert!(ends.is_sorted() && ends.iter().all(|&e| text.is_char_boundary(e as usize)), "{ends:?} in {text:?}");
+    assert!(
+        ends.is_sorted() && ends.iter().all(|&e| text.is_char_boundary(e as usize)),
+        "{ends:?} in {text:?}"
+    );
 }
 
 proptest! {
@@ -135,12 +145,17 @@ fn byte_ends_follow_the_tokens() {
 #[test]
 fn a_vocabulary_of_characters_survives_a_round_trip() {
     let tokenizer =
-        Tokenizer::from_characters("0123456789+-= \n", &["<think>", "</think>"], &["<eos>"], "<eos>").unwrap();
+        Tokenizer::from_characters("0123456789+-= \n", &["<think>", "</think>"], &["<eos>"], "<eos>")
+            .unwrap();
     assert_eq!(tokenizer.vocab_size(), 18);
     let text = "<think>12+3 = 15\n</think><eos>";
     let ids = tokenizer.encode(text).unwrap();
     assert_eq!(ids, [15, 1, 2, 10, 3, 13, 12, 13, 1, 5, 14, 16, 17]);
-    assert_eq!(tokenizer.decode(&ids, true), "<think>12+3 = 15\n</think>", "added tokens stay, special ones go");
+    assert_eq!(
+        tokenizer.decode(&ids, true),
+        "<think>12+3 = 15\n</think>",
+        "added tokens stay, special ones go"
+    );
     assert_eq!(tokenizer.eos(), [17]);
     check_stream(&tokenizer, &ids, true);
 
@@ -157,7 +172,8 @@ fn a_vocabulary_of_characters_survives_a_round_trip() {
 #[test]
 fn end_tokens_come_from_every_file_that_names_them() {
     let folder = tempfile::tempdir().unwrap();
-    let write = |name: &str, value: &Value| std::fs::write(folder.path().join(name), value.to_string()).unwrap();
+    let write =
+        |name: &str, value: &Value| std::fs::write(folder.path().join(name), value.to_string()).unwrap();
     let tiny = fixtures().join("tokenizers/tiny-text");
     std::fs::copy(tiny.join("tokenizer.json"), folder.path().join("tokenizer.json")).unwrap();
     let eos = || Tokenizer::from_folder(folder.path(), &[3]).unwrap().eos().to_vec();

@@ -14,7 +14,7 @@ use minijinja::value::{Kwargs, ValueKind};
 use minijinja::{Environment, Error, ErrorKind, State, Value as Jinja};
 use serde_json::{Map, Value, json};
 
-use super::python::{json_dumps, strftime};
+use super::python::{JsonStyle, float_repr, json_dumps, strftime};
 use super::tokenizer::Tokenizer;
 use crate::error::{EngineError, Result};
 use crate::types::TokenId;
@@ -79,6 +79,21 @@ impl ChatTemplate {
         env.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
         env.add_filter("tojson", tojson);
         env.add_filter("__generation", mark_generation);
+        env.add_filter("string", |value: Jinja| python_str(&value));
+        env.add_test("iterable", |value: &Jinja| {
+            matches!(
+                value.kind(),
+                ValueKind::String
+                    | ValueKind::Seq
+                    | ValueKind::Map
+                    | ValueKind::Iterable
+                    | ValueKind::Undefined
+            )
+        });
+        env.add_test("sequence", |value: &Jinja| {
+            matches!(value.kind(), ValueKind::String | ValueKind::Seq | ValueKind::Map)
+        });
+        env.set_formatter(|out, _, value| out.write_str(&python_str(value)).map_err(Error::from));
         env.add_function("raise_exception", |message: String| -> std::result::Result<String, Error> {
             Err(Error::new(ErrorKind::InvalidOperation, format!("the template refuses: {message}")))
         });
@@ -309,7 +324,7 @@ fn generation_tags(source: &str) -> Vec<(Range<usize>, String)> {
     let mut found = vec![];
     let mut from = 0;
     while let Some(open) = source[from..].find("{%").map(|i| from + i) {
-        let Some(close) = source[open..].find("%}").map(|i| open + i) else { break };
+        let Some(close) = source[open + 2..].find("%}").map(|i| open + 2 + i) else { break };
         let body = &source[open + 2..close];
         from = open + 2;
         let (left, rest) = match body.strip_prefix(['-', '+']) {
@@ -363,6 +378,16 @@ fn take_marks(rendered: &str, mark: &str) -> (String, Vec<Range<usize>>) {
     (text, ranges)
 }
 
+/// Python's `str`: minijinja's, but for the exponents of floats.
+fn python_str(value: &Jinja) -> String {
+    match value.kind() {
+        ValueKind::Number if !value.is_integer() => {
+            f64::try_from(value.clone()).map_or_else(|_| value.to_string(), float_repr)
+        }
+        _ => value.to_string(),
+    }
+}
+
 fn strftime_now(state: &State<'_, '_>, format: &str) -> std::result::Result<String, Error> {
     let seconds = state.lookup("__moment").and_then(|m| i64::try_from(m).ok()).unwrap_or(0);
     strftime(seconds, format).map_err(|e| Error::new(ErrorKind::InvalidOperation, e))
@@ -389,7 +414,7 @@ fn tojson(state: &State<'_, '_>, value: Jinja, kwargs: Kwargs) -> std::result::R
     let mut out = String::new();
     json_dumps(
         &value,
-        &super::python::JsonStyle {
+        &JsonStyle {
             item,
             colon,
             indent: indent.as_deref(),

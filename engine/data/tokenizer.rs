@@ -12,7 +12,7 @@ use serde_json::{Map, Value};
 use tokenizers::models::ModelWrapper;
 use tokenizers::models::bpe::BPE;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
-use tokenizers::{AddedToken, DecoderWrapper};
+use tokenizers::{AddedToken, DecoderWrapper, Model};
 
 use crate::error::{EngineError, Result};
 use crate::types::TokenId;
@@ -27,8 +27,8 @@ pub struct Tokenizer {
     special: Arc<[bool]>,
     eos: Vec<TokenId>,
     vocab_size: usize,
-    /// Text can hold characters that no token covers.
-    has_gaps: bool,
+    /// The bytes that no token covers, where printable ASCII is among them.
+    gaps: Option<Arc<[bool; 256]>>,
 }
 
 impl std::fmt::Debug for Tokenizer {
@@ -69,22 +69,14 @@ impl Tokenizer {
         }
         ends.sort_unstable();
         ends.dedup();
-        let has_gaps = match inner.get_model() {
-            ModelWrapper::BPE(bpe) => {
-                let bytes = matches!(inner.get_decoder(), Some(DecoderWrapper::ByteLevel(_)));
-                let all_bytes =
-                    bytes && BYTE_CHARS.iter().all(|c| inner.token_to_id(&c.to_string()).is_some());
-                bpe.get_unk_token().is_none() && !bpe.byte_fallback && !all_bytes
-            }
-            _ => false,
-        };
+        let gaps = byte_gaps(&inner).map(Arc::new);
         Ok(Self {
             inner: Arc::new(inner),
             special_tokens,
             special: special.into(),
             eos: ends,
             vocab_size,
-            has_gaps,
+            gaps,
         })
     }
 
@@ -170,23 +162,19 @@ impl Tokenizer {
     /// Characters that the vocabulary cannot express.
     pub fn encode(&self, text: &str) -> Result<Vec<TokenId>> {
         let fail = |e: tokenizers::Error| EngineError::Model(format!("tokenizer: {e}"));
-        if !self.has_gaps {
-            return Ok(self.inner.encode_fast(text, false).map_err(fail)?.get_ids().to_vec());
-        }
-        let encoding = self.inner.encode(text, false).map_err(fail)?;
-        let mut covered = 0;
-        for &(start, end) in encoding.get_offsets() {
-            if start > covered {
-                break;
+        let ids = self.inner.encode_fast(text, false).map_err(fail)?.get_ids().to_vec();
+        if let Some(gaps) = &self.gaps {
+            let lost = text
+                .char_indices()
+                .find(|(at, c)| (*at..at + c.len_utf8()).any(|i| gaps[text.as_bytes()[i] as usize]));
+            // Added tokens may spell what the bytes cannot.
+            if let Some((at, c)) = lost.filter(|_| self.decode(&ids, false) != text) {
+                return Err(EngineError::Model(format!(
+                    "tokenizer: no token for {c:?} at byte {at} of the text\nhint: use a tokenizer whose vocabulary covers the data"
+                )));
             }
-            covered = covered.max(end);
         }
-        match text.get(covered..).and_then(|rest| rest.chars().next()) {
-            None => Ok(encoding.get_ids().to_vec()),
-            Some(c) => Err(EngineError::Model(format!(
-                "tokenizer: no token for {c:?} at byte {covered} of the text\nhint: use a tokenizer whose vocabulary covers the data"
-            ))),
-        }
+        Ok(ids)
     }
 
     /// Token ids of `text`, and whether each token touches one of the byte `ranges` (in order), by the rule of
@@ -268,6 +256,20 @@ impl Tokenizer {
     }
 }
 
+/// The bytes without a token in a byte-level vocabulary that lacks some of printable ASCII, such as those of
+/// [`Tokenizer::from_characters`]. Published vocabularies lack at most control and never-valid bytes, and drop them
+/// as every other reader of their files does.
+fn byte_gaps(inner: &tokenizers::Tokenizer) -> Option<[bool; 256]> {
+    let ModelWrapper::BPE(bpe) = inner.get_model() else { return None };
+    let byte_level = matches!(inner.get_decoder(), Some(DecoderWrapper::ByteLevel(_)));
+    if bpe.get_unk_token().is_some() || bpe.byte_fallback || !byte_level {
+        return None;
+    }
+    let gaps: [bool; 256] =
+        std::array::from_fn(|byte| bpe.token_to_id(&BYTE_CHARS[byte].to_string()).is_none());
+    gaps[0x20..0x7f].contains(&true).then_some(gaps)
+}
+
 /// The object in a JSON file, or `None` where there is no file.
 pub(crate) fn read_object(path: &Path) -> Result<Option<Map<String, Value>>> {
     let bytes = match std::fs::read(path) {
@@ -345,8 +347,8 @@ pub struct Detokenizer {
 enum Mode {
     /// Byte-level vocabularies: the bytes of an unfinished character.
     Bytes(Vec<u8>),
-    /// Any other decoder: it sees the tokens from `anchor` on; those before `read` gave `known` bytes.
-    Window { anchor: usize, read: usize, known: usize },
+    /// Any other decoder: it sees the tokens from `anchor` on, of whose text `known` bytes are out already.
+    Window { anchor: usize, known: usize },
 }
 
 impl Detokenizer {
@@ -355,7 +357,7 @@ impl Detokenizer {
         let mode = if tokenizer.is_byte_level() {
             Mode::Bytes(vec![])
         } else {
-            Mode::Window { anchor: 0, read: 0, known: 0 }
+            Mode::Window { anchor: 0, known: 0 }
         };
         Self {
             tokenizer: tokenizer.clone(),
@@ -380,15 +382,24 @@ impl Detokenizer {
                     take_complete(pending, &mut self.text);
                 }
             }
-            Mode::Window { anchor, read, known } => {
-                let window = self.tokenizer.decode(&self.ids[*anchor..], self.skip_special);
-                let waits = window.ends_with('\u{FFFD}') || is_byte_token(&self.tokenizer, id);
-                if !waits && window.is_char_boundary(*known) && window.len() >= *known {
+            Mode::Window { anchor, known } => {
+                let hidden = (self.skip_special && self.tokenizer.is_special(id))
+                    || self.tokenizer.id_to_token(id).is_none();
+                let waits = hidden || is_byte_token(&self.tokenizer, id);
+                let window = if waits {
+                    String::new()
+                } else {
+                    self.tokenizer.decode(&self.ids[*anchor..], self.skip_special)
+                };
+                if !waits
+                    && !window.ends_with('\u{FFFD}')
+                    && window.is_char_boundary(*known)
+                    && window.len() >= *known
+                {
                     self.text.push_str(&window[*known..]);
-                    // The next window starts at this token, so that its decoder sees a left neighbour.
+                    // The next window starts at this token: its decoder then sees a left neighbour.
                     *anchor = self.ids.len() - 1;
-                    *read = self.ids.len();
-                    *known = self.tokenizer.decode(&self.ids[*anchor..*read], self.skip_special).len();
+                    *known = self.tokenizer.decode(&self.ids[*anchor..], self.skip_special).len();
                 }
             }
         }
