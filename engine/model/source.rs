@@ -216,7 +216,7 @@ impl ModelSource {
             .transpose()
     }
 
-    /// Everything but the weights, for [`super::export::write_folder`].
+    /// Everything but the weights, for [`super::export::write_hf_folder`].
     ///
     /// # Errors
     /// Malformed files.
