@@ -262,7 +262,7 @@ impl ModelSource {
     pub fn tensor(&self, name: &str, expect: &[usize]) -> Result<Vec<f32>> {
         let Some(shape) = self.shape(name) else {
             let close = self.names();
-            let close = close.iter().min_by_key(|n| strsim(n, name));
+            let close = close.iter().filter(|n| n.len() < 256).min_by_key(|n| edits(n, name));
             let hint = close.map_or(String::new(), |n| format!("\nhint: the closest stored name is `{n}`"));
             return Err(EngineError::malformed(
                 &self.path,
@@ -307,12 +307,19 @@ fn without_kind(e: EngineError) -> String {
     }
 }
 
-/// Number of edits, roughly: how far two names are apart.
-fn strsim(a: &str, b: &str) -> usize {
-    let (a, b): (Vec<&str>, Vec<&str>) = (a.split('.').collect(), b.split('.').collect());
-    let same = a.iter().zip(&b).filter(|(x, y)| x == y).count();
-    let from_end = a.iter().rev().zip(b.iter().rev()).filter(|(x, y)| x == y).count();
-    (a.len() + b.len()).saturating_sub(same + from_end)
+/// Number of edits between two names (Levenshtein).
+fn edits(a: &str, b: &str) -> usize {
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, x) in a.bytes().enumerate() {
+        let mut diagonal = row[0];
+        row[0] = i + 1;
+        for (j, y) in b.bytes().enumerate() {
+            let replaced = diagonal + usize::from(x != y);
+            diagonal = row[j + 1];
+            row[j + 1] = replaced.min(diagonal + 1).min(row[j] + 1);
+        }
+    }
+    row[b.len()]
 }
 
 fn with_extension(folder: &Path, extension: &str) -> Result<Vec<PathBuf>> {
