@@ -80,7 +80,7 @@ def main():
         if "prompt_tokens" in row and isinstance(row["prompt_tokens"], int):
             first = row["prompt_tokens"]
         else:  # the output of `generate`: `tokens` are the completion alone
-            prompt = tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]
+            prompt = row.get("prompt_ids") or tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]
             first, tokens = len(prompt), prompt + tokens
         with torch.no_grad():
             logits = model(torch.tensor([tokens])).logits[0].float()

@@ -478,6 +478,8 @@ impl ModelSpec {
             "attention_dropout": 0.0,
             "bos_token_id": self.bos,
             "eos_token_id": eos,
+            // Some families' default lies outside a small vocabulary.
+            "pad_token_id": self.eos.first(),
             "use_cache": true,
             "dtype": dtype,
             "torch_dtype": dtype,
