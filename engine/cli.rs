@@ -2,11 +2,29 @@
 //!
 //! Data goes to stdout, everything else to stderr; the exit code is 0 only on success (130 after Ctrl-C).
 
-use std::path::PathBuf;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::{Args, Parser, Subcommand};
+use rft_kernels::{BLOCK, Pool};
+use serde_json::{Map, Value, json};
 
-use crate::config::Precision;
+use crate::config::{Precision, Recipe, RewardConfig};
+use crate::data::prompts::{Renderer, Row, read_jsonl};
+use crate::data::tokenizer::Tokenizer;
+use crate::error::{EngineError, Result};
+use crate::eval::Evaluation;
+use crate::learner::batch::{GroupTokens, micro_batches, pack};
+use crate::model::backprop::Trainer;
+use crate::model::decoder::PagedDecoder;
+use crate::model::policy::Policy;
+use crate::model::source::ModelSource;
+use crate::reward::Scorer;
+use crate::rollout::{Request, RolloutEngine, RolloutKey, SamplingConfig};
+use crate::train::{self, Run};
+use crate::types::{PolicyVersion, Prompt, TokenId};
 
 /// Reinforcement fine-tuning with verifiable rewards.
 #[derive(Debug, Parser)]
@@ -120,7 +138,7 @@ pub struct ModelArgs {
     pub threads: usize,
 }
 
-fn parse_precision(text: &str) -> Result<Precision, String> {
+fn parse_precision(text: &str) -> std::result::Result<Precision, String> {
     match text {
         "f32" => Ok(Precision::F32),
         "bf16" => Ok(Precision::Bf16),
@@ -263,3 +281,336 @@ pub struct ReportArgs {
     #[arg(long)]
     pub run: PathBuf,
 }
+
+/// Parses the process's arguments and runs the command.
+///
+/// # Errors
+/// Whatever the command reports; [`EngineError::Interrupted`] after Ctrl-C.
+pub fn run() -> Result<()> {
+    match Cli::parse().command {
+        Command::Launch(args) => launch(args),
+        Command::Eval(args) => eval(&args),
+        Command::Generate(args) => generate(&args),
+        Command::Logprobs(args) => logprobs(&args),
+        Command::Score(args) => score(&args),
+        Command::Verify(args) => verify(&args),
+        Command::Export(args) => export(&args),
+        Command::Report(args) => crate::report::html::write(&args.run),
+        Command::Devices => devices(),
+    }
+}
+
+fn launch(args: LaunchArgs) -> Result<()> {
+    let (recipe, root) = match (args.resume, args.run_dir) {
+        (true, None) => return Err(EngineError::Config("--resume needs --run-dir: the run folder to go on with".into())),
+        (true, Some(_)) if args.recipe.is_some() || !args.set.is_empty() => {
+            return Err(EngineError::Config(
+                "--resume goes on with the run folder's own recipe; leave out RECIPE and --set".into(),
+            ));
+        }
+        (true, Some(root)) => (Recipe::load(Some(&root.join("recipe.toml")), &[])?, root),
+        (false, root) => {
+            let recipe = Recipe::load(args.recipe.as_deref(), &args.set)?;
+            let root = root.unwrap_or_else(|| train::free_run_dir(&recipe.name));
+            if root.exists() && !args.dry_run {
+                return Err(EngineError::Config(format!(
+                    "{} exists already and a run is never overwritten. hint: choose another --run-dir, or --resume to go on with it",
+                    root.display()
+                )));
+            }
+            (recipe, root)
+        }
+    };
+    let text = recipe.to_toml();
+    let run = Run::prepare(recipe)?;
+    if args.dry_run {
+        print!("{text}\n# memory plan\n{}", run.plan().to_string().lines().map(|l| format!("#{l}\n")).collect::<String>());
+        return Ok(());
+    }
+    eprintln!("{}", run.describe());
+    static STOP: AtomicBool = AtomicBool::new(false);
+    let second = || {
+        if STOP.swap(true, Ordering::SeqCst) {
+            std::process::exit(130);
+        }
+        eprintln!("\nstopping after this step; press Ctrl-C again to stop at once");
+    };
+    // a handler that cannot be set leaves the default one: Ctrl-C still works, without the save
+    if let Err(error) = ctrlc::set_handler(second) {
+        eprintln!("warning: Ctrl-C will not save: {error}");
+    }
+    match run.train(&root, args.resume, &STOP) {
+        Err(EngineError::Interrupted) => {
+            eprintln!("saved. Go on with: rft-engine launch --run-dir {} --resume", root.display());
+            Err(EngineError::Interrupted)
+        }
+        result => result.map(|_| ()),
+    }
+}
+
+/// A model loaded to be sampled or scored.
+struct Loaded {
+    pool: Pool,
+    policy: Policy,
+    tokenizer: Tokenizer,
+    source: ModelSource,
+}
+
+impl Loaded {
+    fn open(args: &ModelArgs) -> Result<Self> {
+        let source = ModelSource::open(&args.model)?;
+        let threads = crate::config::DevicesConfig { threads: args.threads, ..Default::default() }.thread_count();
+        let policy = Policy::load(&source, None, 0)?;
+        Ok(Self { pool: Pool::new(threads), policy, tokenizer: source.tokenizer()?, source })
+    }
+
+    fn prepare(&mut self, positions: usize, precision: Precision) -> Result<()> {
+        let most = self.policy.spec.max_positions;
+        if positions > most {
+            return Err(EngineError::Config(format!(
+                "{positions} positions are needed and the model has {most}. hint: lower --max-new-tokens or shorten the prompts"
+            )));
+        }
+        self.policy.prepare(&self.pool, positions, precision);
+        Ok(())
+    }
+
+    fn prompts(&self, rows: &[Row], template: Option<&str>, rendering: &PromptArgs) -> Result<Vec<Arc<Prompt>>> {
+        let chat = match rendering.raw {
+            true => None,
+            false => self.source.chat_template(&self.tokenizer)?,
+        };
+        let renderer = Renderer {
+            template,
+            system: rendering.system.as_deref(),
+            chat: chat.as_ref(),
+            tokenizer: &self.tokenizer,
+        };
+        rows.iter().enumerate().map(|(i, row)| renderer.prompt(i, row).map(Arc::new)).collect()
+    }
+
+    fn sampling(&self, args: &SamplingArgs) -> SamplingConfig {
+        let mut stop_tokens = self.tokenizer.eos().to_vec();
+        stop_tokens.extend(self.policy.spec.eos.iter().filter(|id| !self.tokenizer.eos().contains(id)));
+        SamplingConfig {
+            max_new_tokens: args.max_new_tokens,
+            temperature: args.temperature,
+            top_k: args.top_k,
+            top_p: args.top_p,
+            min_p: args.min_p,
+            stop: args.stop.clone(),
+            stop_tokens,
+        }
+    }
+
+    /// An engine whose pool holds up to 64 sequences of the longest prompt at once.
+    fn engine(&self, prompts: &[Arc<Prompt>], samples: usize, max_new_tokens: usize) -> RolloutEngine {
+        let longest = prompts.iter().map(|p| p.tokens.len()).max().unwrap_or(1) + max_new_tokens;
+        let sequences = (prompts.len() * samples).clamp(1, 64);
+        let blocks = (longest.div_ceil(BLOCK) + 2) * sequences;
+        RolloutEngine::new(&PagedDecoder::new(self.policy.weights()), blocks)
+    }
+}
+
+fn longest(prompts: &[Arc<Prompt>]) -> usize {
+    prompts.iter().map(|p| p.tokens.len()).max().unwrap_or(0)
+}
+
+fn check_sampling(args: &SamplingArgs) -> Result<()> {
+    let fail = |message: &str| Err(EngineError::Config(message.into()));
+    if !(args.temperature >= 0.0 && args.temperature.is_finite()) {
+        return fail("--temperature must be 0 or positive");
+    }
+    if !(args.top_p > 0.0 && args.top_p <= 1.0) {
+        return fail("--top-p must be in (0, 1]");
+    }
+    if !(0.0..1.0).contains(&args.min_p) {
+        return fail("--min-p must be in [0, 1)");
+    }
+    if args.max_new_tokens == 0 {
+        return fail("--max-new-tokens must be at least 1");
+    }
+    Ok(())
+}
+
+fn print_line(value: &Value) -> Result<()> {
+    writeln!(std::io::stdout().lock(), "{value}").map_err(EngineError::io("standard output"))
+}
+
+fn eval(args: &EvalArgs) -> Result<()> {
+    check_sampling(&args.sampling)?;
+    let mut rows = read_jsonl(&args.data)?;
+    if args.limit > 0 {
+        rows.truncate(args.limit);
+    }
+    let rewards = args.reward.iter().map(|r| reward_config(r)).collect::<Vec<_>>();
+    let mut loaded = Loaded::open(&args.model)?;
+    let scorer = Scorer::new(&rewards, loaded.pool.threads())?;
+    let prompts = loaded.prompts(&rows, args.prompt.as_deref(), &args.rendering)?;
+    let sampling = loaded.sampling(&args.sampling);
+    loaded.prepare(longest(&prompts) + sampling.max_new_tokens, args.model.precision)?;
+    let mut engine = loaded.engine(&prompts, args.samples, sampling.max_new_tokens);
+    let evaluation = Evaluation {
+        prompts: &prompts,
+        samples: args.samples,
+        sampling: &sampling,
+        scorer: &scorer,
+        full_reward: rewards.iter().map(|r| r.weight).sum(),
+        progress: (0, 0),
+    };
+    let key = RolloutKey { seed: args.sampling.seed, step: 0, version: PolicyVersion(0) };
+    let mut model = PagedDecoder::new(loaded.policy.weights());
+    let (result, groups, stats) = evaluation.run(&mut engine, &mut model, &loaded.pool, &loaded.tokenizer, key)?;
+    let components: Map<String, Value> = result.components.iter().map(|(n, v)| (n.clone(), json!(v))).collect();
+    let passes: Map<String, Value> = result.pass_at_k.iter().map(|(k, v)| (format!("pass@{k}"), json!(v))).collect();
+    let errors: usize = groups.iter().flat_map(|g| &g.outcomes).map(|o| o.errors.len()).sum();
+    print_line(&json!({
+        "prompts": prompts.len(),
+        "samples": args.samples,
+        "reward_mean": result.reward,
+        "components": components,
+        "pass_at_k": passes,
+        "reward_errors": errors,
+        "completion_tokens_mean": result.completion_tokens_mean,
+        "rollout_tokens_per_s": stats.decoded_tokens as f64 / stats.seconds.max(1e-9),
+    }))
+}
+
+fn reward_config(script: &str) -> RewardConfig {
+    RewardConfig {
+        script: script.to_string(),
+        weight: 1.0,
+        time_ms: 1000,
+        memory_mb: 64,
+        on_error: Default::default(),
+        error_score: 0.0,
+        options: Map::new(),
+    }
+}
+
+fn generate(args: &GenerateArgs) -> Result<()> {
+    check_sampling(&args.sampling)?;
+    let (rows, template) = match (&args.data, &args.prompt) {
+        (Some(path), template) => (read_jsonl(path)?, template.as_deref()),
+        (None, Some(prompt)) => (vec![Map::from_iter([("prompt".to_string(), json!(prompt))])], None),
+        (None, None) => unreachable!("clap requires one of them"),
+    };
+    let mut loaded = Loaded::open(&args.model)?;
+    let prompts = loaded.prompts(&rows, template, &args.rendering)?;
+    let sampling = loaded.sampling(&args.sampling);
+    loaded.prepare(longest(&prompts) + sampling.max_new_tokens, args.model.precision)?;
+    let mut engine = loaded.engine(&prompts, args.n, sampling.max_new_tokens);
+    let requests: Vec<Request> =
+        prompts.iter().map(|p| Request { prompt: Arc::clone(p), samples: args.n }).collect();
+    let key = RolloutKey { seed: args.sampling.seed, step: 0, version: PolicyVersion(0) };
+    let mut model = PagedDecoder::new(loaded.policy.weights());
+    let warp = sampling.warp();
+    let stated = json!({
+        "temperature": warp.temperature, "top_k": warp.top_k, "top_p": warp.top_p, "min_p": warp.min_p,
+    });
+    // groups are printed in the order of the file, as soon as all before them are complete
+    let (mut waiting, mut next) = (std::collections::BTreeMap::new(), 0);
+    engine.generate(&mut model, &loaded.pool, &loaded.tokenizer, &requests, &sampling, key, &mut |i, group| {
+        waiting.insert(i, group);
+        while let Some(group) = waiting.remove(&next) {
+            next += 1;
+            for c in &group.completions {
+                print_line(&json!({
+                    "id": group.prompt.id,
+                    "prompt": group.prompt.text,
+                    "completion": c.text,
+                    "tokens": c.tokens,
+                    "logprobs": c.logprobs,
+                    "finish_reason": c.finish,
+                    "prompt_ids": group.prompt.tokens,
+                    "sampling": stated,
+                }))?;
+            }
+        }
+        Ok(())
+    })?;
+    Ok(())
+}
+
+/// A row of `logprobs`: its prompt, its completion and the distribution they are scored under.
+struct ScoreRow {
+    id: Value,
+    prompt: Vec<TokenId>,
+    completion: Vec<TokenId>,
+    warp: rft_kernels::Warp,
+}
+
+fn logprobs(args: &LogprobsArgs) -> Result<()> {
+    let rows = read_jsonl(&args.data)?;
+    let mut loaded = Loaded::open(&args.model)?;
+    let rows: Vec<ScoreRow> = rows
+        .iter()
+        .enumerate()
+        .map(|(i, row)| {
+            score_row(row, &loaded, args)
+                .map_err(|message| EngineError::malformed(&args.data, format!("row {}", i + 1), message))
+        })
+        .collect::<Result<_>>()?;
+    let positions = rows.iter().map(|r| r.prompt.len() + r.completion.len()).max().unwrap_or(1);
+    loaded.prepare(positions, args.model.precision)?;
+    let mut trainer = Trainer::default();
+    for row in &rows {
+        let groups = [GroupTokens { prompt: &row.prompt, completions: vec![&row.completion] }];
+        let mut scored = Vec::new();
+        for pieces in micro_batches(&groups, usize::MAX) {
+            scored = trainer.score(&loaded.pool, &loaded.policy.weights(), &pack(&groups, &pieces), &row.warp).logprobs;
+        }
+        print_line(&json!({"id": row.id, "logprobs": scored}))?;
+    }
+    Ok(())
+}
+
+fn score_row(row: &Row, loaded: &Loaded, args: &LogprobsArgs) -> std::result::Result<ScoreRow, String> {
+    let ids = |key: &str| -> std::result::Result<Option<Vec<TokenId>>, String> {
+        let Some(value) = row.get(key) else { return Ok(None) };
+        let ids: Vec<TokenId> =
+            serde_json::from_value(value.clone()).map_err(|e| format!("`{key}` is no list of token ids: {e}"))?;
+        match ids.iter().find(|id| **id as usize >= loaded.policy.spec.vocab) {
+            Some(id) => Err(format!("`{key}`: token {id} is outside the vocabulary of {}", loaded.policy.spec.vocab)),
+            None => Ok(Some(ids)),
+        }
+    };
+    let tokens = ids("tokens")?.ok_or("has no `tokens`")?;
+    let (prompt, completion) = match (row.get("prompt_tokens"), ids("prompt_ids")?, row.get("prompt")) {
+        (Some(n), _, _) => {
+            let n = n.as_u64().filter(|n| *n >= 1 && *n <= tokens.len() as u64);
+            let n = n.ok_or_else(|| format!("`prompt_tokens` must be in 1..={}", tokens.len()))? as usize;
+            (tokens[..n].to_vec(), tokens[n..].to_vec())
+        }
+        (None, Some(prompt), _) => (prompt, tokens),
+        (None, None, Some(Value::String(text))) => {
+            (loaded.tokenizer.encode(text).map_err(|e| e.to_string())?, tokens)
+        }
+        _ => return Err("needs `prompt_tokens` (how many of `tokens` are the prompt), `prompt_ids` or `prompt`".into()),
+    };
+    if prompt.is_empty() {
+        return Err("the prompt is empty".into());
+    }
+    let stated = row.get("sampling");
+    let number = |key: &str, flag: f64| stated.and_then(|s| s.get(key)).and_then(Value::as_f64).unwrap_or(flag);
+    let warp = rft_kernels::Warp {
+        temperature: number("temperature", f64::from(args.temperature)) as f32,
+        top_k: number("top_k", args.top_k as f64) as usize,
+        top_p: number("top_p", f64::from(args.top_p)) as f32,
+        min_p: number("min_p", f64::from(args.min_p)) as f32,
+    };
+    if !(warp.temperature > 0.0) {
+        return Err("the temperature must be positive".into());
+    }
+    Ok(ScoreRow { id: row.get("id").cloned().unwrap_or_default(), prompt, completion, warp })
+}
+
+fn devices() -> Result<()> {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    println!("cpu   {cores} cores, kernels for {}", rft_kernels::isa().name());
+    println!("cuda  not built in: this build has CPU kernels only");
+    Ok(())
+}
+fn score(_: &ScoreArgs) -> Result<()> { Ok(()) }
+fn verify(_: &VerifyArgs) -> Result<()> { Ok(()) }
+fn export(_: &ExportArgs) -> Result<()> { Ok(()) }

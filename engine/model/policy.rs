@@ -221,10 +221,12 @@ impl Policy {
         Ok(policy)
     }
 
-    /// A new model with random weights: N(0, 0.02) matrices, projections into the residual stream scaled by
-    /// 1/sqrt(2 layers) (GPT-2, Radford et al. 2019), norms at their neutral value.
+    /// A new model with random weights: normal matrices of standard deviation `0.5 / sqrt(hidden)` (0.02 at the width
+    /// of GPT-2 small, Radford et al. 2019), projections into the residual stream scaled by 1/sqrt(2 layers) as there,
+    /// norms at their neutral value.
     pub fn init(spec: ModelSpec, seed: u64) -> Self {
         let mut policy = Self::with_spec(spec, true);
+        let width = policy.spec.hidden as f64;
         let residual = 1.0 / (2.0 * policy.spec.layers as f64).sqrt();
         let into_residual: Vec<SlotId> = policy
             .slots
@@ -234,7 +236,7 @@ impl Policy {
             .collect();
         let biases: Vec<SlotId> = policy.slots.layers.iter().flat_map(|l| l.bias.into_iter().flatten()).collect();
         for id in 0..policy.base.slots().len() {
-            let std = 0.02 * if into_residual.contains(&id) { residual } else { 1.0 };
+            let std = width.sqrt().recip() * 0.5 * if into_residual.contains(&id) { residual } else { 1.0 };
             let mut noise = Stream::new(seed, Purpose::Init, &[id as u64]);
             match policy.base.slots()[id].shape {
                 Shape::Matrix { n, k } => {

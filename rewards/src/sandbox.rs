@@ -1,1 +1,296 @@
-//! sandbox
+//! One script in one Luau VM: what it may reach, how long it may run, and how its failures become data.
+//!
+//! The VM has no io, os, debug, load or require; the libraries are read-only, and each call runs the script's top level
+//! again in an environment of its own, so nothing leaks from a call to the next. Luau's interrupt fires at calls, loop
+//! turns and inside string patterns; once a limit trips it raises at every turn, so `pcall` cannot swallow it. A VM whose
+//! call tripped a limit is thrown away.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+
+use mlua::chunk::ChunkMode;
+use mlua::serde::SerializeOptions;
+use mlua::{Error as LuaError, Function, Lua, LuaOptions, LuaSerdeExt, MultiValue, StdLib, Table, Value, Variadic, VmState};
+
+use crate::budget::{Budget, random_key};
+use crate::host;
+use crate::returned::{Returned, read_group, read_reward};
+use crate::script::Script;
+use crate::types::{Context, ErrorKind, Limits, RewardError, Sample};
+
+/// What a script answers for each sample of a group.
+pub(crate) type Answers = Vec<Result<Returned, RewardError>>;
+
+/// Globals of the base library that would let a script load code, read others' environments or stop the collector.
+const FORBIDDEN: [&str; 7] = ["collectgarbage", "getfenv", "setfenv", "loadstring", "load", "require", "newproxy"];
+
+/// A script ready to be called.
+pub(crate) struct Sandbox {
+    script: Script,
+    limits: Limits,
+    options: serde_json::Map<String, serde_json::Value>,
+    vm: RefCell<Option<Vm>>,
+}
+
+struct Vm {
+    lua: Lua,
+    budget: Rc<Budget>,
+}
+
+/// Runs a script's top level once and checks that it defines a reward.
+pub(crate) fn check(script: &Script) -> Result<(), RewardError> {
+    let sandbox = Sandbox::new(script.clone(), Limits::default(), serde_json::Map::new());
+    sandbox.with_vm(0, |vm| {
+        let env = vm.environment(script)?;
+        let defined = |name: &str| env.get::<Option<Function>>(name).map(|f| f.is_some());
+        if defined("reward")? || defined("reward_group")? {
+            return Ok(());
+        }
+        Err(LuaError::runtime("the script defines neither `function reward(sample, ctx)` nor `function reward_group(samples, ctx)`"))
+    })
+}
+
+impl Sandbox {
+    pub(crate) fn new(script: Script, limits: Limits, options: serde_json::Map<String, serde_json::Value>) -> Self {
+        Self { script, limits, options, vm: RefCell::new(None) }
+    }
+
+    /// Scores a group: one call of `reward_group`, or one of `reward` a sample.
+    pub(crate) fn score(&self, samples: &[Sample], context: &Context) -> Answers {
+        let whole = self.with_vm(self.key(samples, 0, context), |vm| {
+            let env = vm.environment(&self.script)?;
+            let Some(function) = env.get::<Option<Function>>("reward_group")? else { return Ok(None) };
+            let list = vm.lua.create_table()?;
+            for sample in samples {
+                list.push(vm.sample(sample)?)?;
+            }
+            let returned: Value = function.call((list, vm.context(samples, context, &self.options)?))?;
+            read_group(returned, samples.len()).map(Some)
+        });
+        match whole {
+            Ok(Some(answers)) => answers.into_iter().map(|a| a.map_err(|e| self.wrong(e))).collect(),
+            Ok(None) => (0..samples.len()).map(|i| self.score_one(&samples[i..=i], context)).collect(),
+            Err(error) => samples.iter().map(|_| Err(error.clone())).collect(),
+        }
+    }
+
+    fn score_one(&self, sample: &[Sample], context: &Context) -> Result<Returned, RewardError> {
+        let key = self.key(sample, u64::from(sample[0].sample), context);
+        let answer = self.with_vm(key, |vm| {
+            let function: Function = vm.environment(&self.script)?.get("reward")?;
+            let returned: MultiValue =
+                function.call((vm.sample(&sample[0])?, vm.context(sample, context, &self.options)?))?;
+            Ok(read_reward(returned.into_iter().next().unwrap_or(Value::Nil)))
+        })?;
+        answer.map_err(|e| self.wrong(e))
+    }
+
+    fn key(&self, samples: &[Sample], sample: u64, context: &Context) -> u64 {
+        let row = samples.first().map_or("", |s| s.id.as_str());
+        random_key(context.seed, context.step, self.script.name(), row, sample)
+    }
+
+    fn wrong(&self, (kind, message): (ErrorKind, String)) -> RewardError {
+        self.script.error(kind, message, None)
+    }
+
+    /// Runs `call` within the limits; its failure becomes a [`RewardError`], and a tripped VM is dropped.
+    fn with_vm<T>(&self, random: u64, call: impl FnOnce(&Vm) -> Result<T, LuaError>) -> Result<T, RewardError> {
+        let mut slot = self.vm.borrow_mut();
+        let vm = match slot.take() {
+            Some(vm) => vm,
+            None => Vm::new(&self.limits)
+                .map_err(|e| self.script.error(ErrorKind::Runtime, format!("the sandbox did not start: {e}"), None))?,
+        };
+        vm.budget.start(&self.limits, random);
+        let result = call(&vm);
+        match (result, vm.budget.tripped()) {
+            (Ok(value), None) => {
+                *slot = Some(vm);
+                Ok(value)
+            }
+            (result, Some(kind)) => {
+                let line = vm.budget.line().or_else(|| result.err().and_then(|e| line_of(&e, self.script.name())));
+                let message = match kind {
+                    ErrorKind::Instructions => format!("more than {} calls and loop turns", vm.budget.steps()),
+                    _ => format!("longer than {} ms", self.limits.time_ms),
+                };
+                Err(self.script.error(kind, message, line))
+            }
+            (Err(error), None) => {
+                let memory = is_memory(&error);
+                let failure = self.failure(&error, memory);
+                if !memory {
+                    *slot = Some(vm);
+                }
+                Err(failure)
+            }
+        }
+    }
+
+    fn failure(&self, error: &LuaError, memory: bool) -> RewardError {
+        if memory {
+            let message = format!("more than {} bytes", self.limits.memory_bytes);
+            return self.script.error(ErrorKind::Memory, message, line_of(error, self.script.name()));
+        }
+        let text = message_of(error);
+        let line = line_of(error, self.script.name());
+        let prefix = line.map(|l| format!("{}:{l}: ", self.script.name()));
+        let text = prefix.and_then(|p| text.split_once(&p).map(|(_, rest)| rest.to_string())).unwrap_or(text);
+        self.script.error(ErrorKind::Runtime, first_line(&text), line)
+    }
+}
+
+fn is_memory(error: &LuaError) -> bool {
+    match error {
+        LuaError::MemoryError(_) => true,
+        LuaError::CallbackError { cause, .. } | LuaError::WithContext { cause, .. } => is_memory(cause),
+        other => other.to_string().contains("not enough memory"),
+    }
+}
+
+fn message_of(error: &LuaError) -> String {
+    match error {
+        LuaError::RuntimeError(text) => text.clone(),
+        LuaError::CallbackError { cause, traceback } => {
+            // the script's own line stands in the traceback of the host call
+            let place = traceback.lines().find(|l| l.contains(':') && !l.contains("[C]")).unwrap_or_default();
+            format!("{} {}", place.trim(), message_of(cause)).trim().to_string()
+        }
+        other => other.to_string(),
+    }
+}
+
+fn first_line(text: &str) -> String {
+    let line = text.lines().next().unwrap_or_default();
+    line.chars().take(400).collect()
+}
+
+/// The first `NAME:LINE` in an error's text.
+fn line_of(error: &LuaError, name: &str) -> Option<u32> {
+    let text = error.to_string();
+    let mark = format!("{name}:");
+    text.match_indices(&mark).find_map(|(at, _)| {
+        let digits: String = text[at + mark.len()..].chars().take_while(char::is_ascii_digit).collect();
+        digits.parse().ok()
+    })
+}
+
+impl Vm {
+    fn new(limits: &Limits) -> Result<Self, LuaError> {
+        let libs = StdLib::MATH | StdLib::STRING | StdLib::TABLE | StdLib::UTF8 | StdLib::BIT | StdLib::BUFFER;
+        let lua = Lua::new_with(libs, LuaOptions::new().catch_rust_panics(true))?;
+        let budget = Rc::new(Budget::new());
+        let globals = lua.globals();
+        for name in FORBIDDEN {
+            globals.set(name, Value::Nil)?;
+        }
+        install_math(&lua, &budget)?;
+        let printer = Rc::clone(&budget);
+        globals.set(
+            "print",
+            lua.create_function(move |_, values: Variadic<Value>| {
+                let parts: Result<Vec<String>, LuaError> = values.iter().map(|v| v.to_string()).collect();
+                if let Some(line) = printer.printable(parts?.join("\t")) {
+                    eprintln!("[lua] {line}");
+                }
+                Ok(())
+            })?,
+        )?;
+        globals.set("rft", host::library(&lua, &budget)?)?;
+        lua.sandbox(true)?;
+        let ticking = Rc::clone(&budget);
+        lua.set_interrupt(move |lua| match ticking.charge(1) {
+            None => Ok(VmState::Continue),
+            Some(_) => {
+                ticking.set_line(lua.inspect_stack(0, |d| d.current_line().map(|l| l as u32)).flatten());
+                Err(LuaError::runtime("limit reached"))
+            }
+        });
+        lua.set_memory_limit(lua.used_memory() + limits.memory_bytes)?;
+        Ok(Self { lua, budget })
+    }
+
+    /// A fresh environment in which the script's top level has run.
+    fn environment(&self, script: &Script) -> Result<Table, LuaError> {
+        let env = self.lua.create_table()?;
+        let meta = self.lua.create_table()?;
+        meta.set("__index", self.lua.globals())?;
+        meta.set("__metatable", "locked")?;
+        env.set_metatable(Some(meta))?;
+        env.raw_set("_G", &env)?;
+        let chunk = self.lua.load(script.bytecode()).set_name(format!("={}", script.name()));
+        chunk.set_mode(ChunkMode::Binary).set_environment(env.clone()).exec()?;
+        Ok(env)
+    }
+
+    fn to_lua(&self, value: &serde_json::Value) -> Result<Value, LuaError> {
+        let options = SerializeOptions::new()
+            .set_array_metatable(false)
+            .serialize_none_to_null(false)
+            .serialize_unit_to_null(false);
+        self.lua.to_value_with(value, options)
+    }
+
+    fn sample(&self, sample: &Sample) -> Result<Table, LuaError> {
+        let table = self.lua.create_table()?;
+        for (key, value) in sample.fields.iter() {
+            table.raw_set(key.as_str(), self.to_lua(value)?)?;
+        }
+        table.raw_set("id", sample.id.as_str())?;
+        table.raw_set("completion", sample.completion.as_str())?;
+        table.raw_set("prompt", sample.prompt.as_str())?;
+        Ok(table)
+    }
+
+    fn context(
+        &self,
+        samples: &[Sample],
+        context: &Context,
+        options: &serde_json::Map<String, serde_json::Value>,
+    ) -> Result<Table, LuaError> {
+        let table = self.lua.create_table()?;
+        table.raw_set("step", context.step)?;
+        table.raw_set("total_steps", context.total_steps)?;
+        let opts = self.lua.create_table()?;
+        for (key, value) in options {
+            opts.raw_set(key.as_str(), self.to_lua(value)?)?;
+        }
+        table.raw_set("options", opts)?;
+        if let [sample] = samples {
+            table.raw_set("sample", sample.sample)?;
+            table.raw_set("tokens", self.lua.create_sequence_from(sample.tokens.iter().copied())?)?;
+            table.raw_set("finish_reason", sample.finish_reason.as_str())?;
+        }
+        Ok(table)
+    }
+}
+
+/// `math.random` and `math.randomseed` over the call's own stream.
+fn install_math(lua: &Lua, budget: &Rc<Budget>) -> Result<(), LuaError> {
+    let math: Table = lua.globals().get("math")?;
+    let source = Rc::clone(budget);
+    math.set(
+        "random",
+        lua.create_function(move |_, (low, high): (Option<f64>, Option<f64>)| {
+            let unit = (source.random() >> 11) as f64 / (1u64 << 53) as f64;
+            let (low, high) = match (low, high) {
+                (None, _) => return Ok(unit),
+                (Some(high), None) => (1.0, high.floor()),
+                (Some(low), Some(high)) => (low.floor(), high.floor()),
+            };
+            if low > high {
+                return Err(LuaError::runtime("math.random: the interval is empty"));
+            }
+            Ok(low + (unit * (high - low + 1.0)).floor())
+        })?,
+    )?;
+    let source = Rc::clone(budget);
+    math.set(
+        "randomseed",
+        lua.create_function(move |_, seed: f64| {
+            source.reseed(seed.to_bits());
+            Ok(())
+        })?,
+    )
+}
