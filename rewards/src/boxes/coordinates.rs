@@ -156,28 +156,17 @@ pub fn check_coordinates(data: &[CoordinateSample], setting: Coordinates) -> Vec
             .fold(0.0, f64::max)
     };
     let known = sizes.len() == boxes.len();
-    match setting {
-        // Pictures smaller than 1000, all boxes inside them, and none near 1000: pixels, most likely.
-        Coordinates::Permille if known && sizes.iter().all(|size| size[0] < 950.0 && size[1] < 950.0) => {
-            if reach(&|size| size) <= 1.01 {
-                warn(
-                    "every box lies within the pixel size of its picture".into(),
-                    "the data looks like pixels",
-                    all_rows,
-                );
-            }
-        }
-        // Pictures larger than 1000, no number above 1000, some near it: permille, most likely.
-        Coordinates::Pixels if known && sizes.iter().all(|size| size[0] > 1100.0 && size[1] > 1100.0) => {
-            if (900.0..=1000.0).contains(&greatest) {
-                warn(
-                    "no number is above 1000 though the pictures are larger".into(),
-                    "the data looks like permille",
-                    all_rows,
-                );
-            }
-        }
-        _ => {}
+    let all_sizes = |test: &dyn Fn(f64) -> bool| known && sizes.iter().flatten().all(|side| test(*side));
+    // Pictures smaller than 1000 and all boxes inside them: pixels, most likely.
+    if setting == Coordinates::Permille && all_sizes(&|side| side < 950.0) && reach(&|size| size) <= 1.01 {
+        let what = "every box lies within the pixel size of its picture";
+        warn(what.into(), "the data looks like pixels", all_rows);
+    } else if setting == Coordinates::Pixels
+        && all_sizes(&|side| side > 1100.0)
+        && (900.0..=1000.0).contains(&greatest)
+    {
+        let what = "no number is above 1000 though the pictures are larger";
+        warn(what.into(), "the data looks like permille", all_rows);
     }
     warnings
 }

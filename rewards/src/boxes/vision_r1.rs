@@ -160,12 +160,12 @@ fn is_line_break(c: char) -> bool {
 }
 
 fn json_list(text: &str) -> Option<Vec<Py>> {
-    let body = if text.starts_with("```json") {
-        let first = text.find(is_line_break)?;
-        &text[first..]
-    } else {
-        text
-    };
+    // Behind the fence every line break of Python's becomes a new line.
+    let unfenced: Option<String> = text.starts_with("```json").then(|| {
+        let rest = text.split_once(is_line_break).map_or("", |(_, rest)| rest);
+        rest.chars().map(|c| if is_line_break(c) { '\n' } else { c }).collect()
+    });
+    let body = unfenced.as_deref().unwrap_or(text);
     let body = body.split("```").next().unwrap_or(body);
     match py::loads(body)? {
         Py::List(items) => Some(items),

@@ -177,8 +177,10 @@ pub fn visual_rft_grounding(completion: &str, gold: &str) -> Result<VisualRftGro
 /// The first two of: all first corners, then all second corners. With several boxes that is no box of them.
 fn corners(text: &str) -> Option<Bbox> {
     static PAIR: LazyLock<Regex> = LazyLock::new(|| {
-        let point = r"\(\s*([0-9]+)\s*,\s*([0-9]+)\s*\)";
-        Regex::new(&format!(r"{point}\s*,\s*{point}")).expect("a constant pattern")
+        // Python's \s knows four control characters more.
+        let s = r"[\s\x1c-\x1f]*";
+        let point = format!(r"\({s}([0-9]+){s},{s}([0-9]+){s}\)");
+        Regex::new(&format!("{point}{s},{s}{point}")).expect("a constant pattern")
     });
     let boxes: Vec<[f64; 4]> = PAIR
         .captures_iter(text)

@@ -61,12 +61,13 @@ fn flag(value: bool) -> f64 {
 /// # Errors
 /// [`BoxError::TooLong`]; [`BoxError::Gold`] where the gold holds no box.
 pub fn vlm_r1_rec(completion: &str, gold: &str, options: &VlmR1RecOptions) -> Result<VlmR1Rec, BoxError> {
-    static BOX: LazyLock<Regex> = LazyLock::new(|| {
-        Regex::new(r"\[([0-9]+),\s*([0-9]+),\s*([0-9]+),\s*([0-9]+)\]").expect("a constant pattern")
-    });
+    // Python's \s knows four control characters more.
+    const BOX_PATTERN: &str =
+        r"\[([0-9]+),[\s\x1c-\x1f]*([0-9]+),[\s\x1c-\x1f]*([0-9]+),[\s\x1c-\x1f]*([0-9]+)\]";
+    static BOX: LazyLock<Regex> = LazyLock::new(|| Regex::new(BOX_PATTERN).expect("a constant pattern"));
     static SHAPE: LazyLock<Regex> = LazyLock::new(|| {
-        let shape = r"(?s)<think>.*?</think>\s*<answer>.*?\{.*\[[0-9]+,\s*[0-9]+,\s*[0-9]+,\s*[0-9]+\].*\}.*?</answer>";
-        Regex::new(shape).expect("a constant pattern")
+        let head = r"(?s)<think>.*?</think>[\s\x1c-\x1f]*<answer>.*?\{.*";
+        Regex::new(&format!(r"{head}{BOX_PATTERN}.*\}}.*?</answer>")).expect("a constant pattern")
     });
     check_length(completion)?;
     let gold_box =
@@ -308,7 +309,8 @@ pub fn vlm_r1_repetition(completion: &str) -> Result<Option<f64>, BoxError> {
 
 fn repetition(text: &str) -> Option<f64> {
     static LIST: LazyLock<Regex> = LazyLock::new(|| {
-        Regex::new(r#"(?s)\[\s*\{.*?"bbox_2d".*?"label".*?\}\s*\]"#).expect("a constant pattern")
+        Regex::new(r#"(?s)\[[\s\x1c-\x1f]*\{.*?"bbox_2d".*?"label".*?\}[\s\x1c-\x1f]*\]"#)
+            .expect("a constant pattern")
     });
     if text.is_empty() {
         return Some(0.0);
@@ -357,6 +359,9 @@ fn repeated_boxes(list: &[Py]) -> Option<f64> {
 }
 
 /// Closes what a cut JSON text leaves open: the string, then the brackets; a dangling comma or key is dropped.
+///
+/// The original uses the package `json_repair`, which also guesses at damage in the middle of a text; such a text is
+/// judged as words here.
 fn repair(text: &str) -> Option<Py> {
     let (mut in_string, mut escaped) = (false, false);
     let mut open = Vec::new();

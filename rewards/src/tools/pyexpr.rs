@@ -4,7 +4,7 @@
 //! dotted names, calls, arithmetic on constants. Anything else is a syntax error or [`Expr::Other`]; nothing is evaluated
 //! but constants. Depth is limited and the work is linear in the text.
 
-use super::py::{self, Dict, MAX_DEPTH, Py, is_space};
+use super::py::{self, Dict, MAX_DEPTH, Py};
 use num_bigint::BigInt;
 use num_traits::{Num, ToPrimitive, Zero};
 use std::ops::Range;
@@ -65,7 +65,7 @@ impl Parser<'_> {
 
     fn space(&mut self) {
         while let Some(c) = self.peek() {
-            if is_space(c) {
+            if matches!(c, ' ' | '\t' | '\n' | '\r' | '\x0c') {
                 self.at += c.len_utf8();
             } else if c == '#' {
                 let rest = &self.text[self.at..];
@@ -350,7 +350,7 @@ impl Parser<'_> {
 
     /// Length of `r`, `b`, `f`, `u` and their pairs, when a quote follows.
     fn string_prefix(&self) -> Option<usize> {
-        let rest = self.text[self.at..].as_bytes();
+        let rest = &self.text.as_bytes()[self.at..];
         let len = rest.iter().take_while(|c| b"rRbBfFuU".contains(c)).count();
         (len <= 2 && matches!(rest.get(len), Some(b'"' | b'\''))).then_some(len)
     }
