@@ -3,7 +3,7 @@
 //! Data goes to stdout, everything else to stderr; the exit code is 0 only on success (130 after Ctrl-C).
 
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -62,10 +62,6 @@ pub enum Command {
     #[command(after_help = "Example:
   rft-engine score --reward math --reward my_reward.lua --data runs/math/samples.jsonl")]
     Score(ScoreArgs),
-    /// Lint and fuzz a reward script before training with it.
-    #[command(after_help = "Example:
-  rft-engine verify --reward my_reward.lua --data data/math/test.jsonl")]
-    Verify(VerifyArgs),
     /// Write a run's model as a Hugging Face folder, or its adapter as a PEFT folder.
     #[command(after_help = "Examples:
   rft-engine export --run runs/math --out exported
@@ -249,17 +245,6 @@ pub struct ScoreArgs {
     pub total_steps: u64,
 }
 
-/// Flags of `verify`.
-#[derive(Debug, Args)]
-pub struct VerifyArgs {
-    /// Verifier: a shipped one's name or a .lua file.
-    #[arg(long)]
-    pub reward: String,
-    /// JSONL rows like those it will see.
-    #[arg(long)]
-    pub data: Option<PathBuf>,
-}
-
 /// Flags of `export`.
 #[derive(Debug, Args)]
 pub struct ExportArgs {
@@ -293,7 +278,6 @@ pub fn run() -> Result<()> {
         Command::Generate(args) => generate(&args),
         Command::Logprobs(args) => logprobs(&args),
         Command::Score(args) => score(&args),
-        Command::Verify(args) => verify(&args),
         Command::Export(args) => export(&args),
         Command::Report(args) => crate::report::html::write(&args.run),
         Command::Devices => devices(),
@@ -302,7 +286,9 @@ pub fn run() -> Result<()> {
 
 fn launch(args: LaunchArgs) -> Result<()> {
     let (recipe, root) = match (args.resume, args.run_dir) {
-        (true, None) => return Err(EngineError::Config("--resume needs --run-dir: the run folder to go on with".into())),
+        (true, None) => {
+            return Err(EngineError::Config("--resume needs --run-dir: the run folder to go on with".into()));
+        }
         (true, Some(_)) if args.recipe.is_some() || !args.set.is_empty() => {
             return Err(EngineError::Config(
                 "--resume goes on with the run folder's own recipe; leave out RECIPE and --set".into(),
@@ -324,7 +310,10 @@ fn launch(args: LaunchArgs) -> Result<()> {
     let text = recipe.to_toml();
     let run = Run::prepare(recipe)?;
     if args.dry_run {
-        print!("{text}\n# memory plan\n{}", run.plan().to_string().lines().map(|l| format!("#{l}\n")).collect::<String>());
+        print!(
+            "{text}\n# memory plan\n{}",
+            run.plan().to_string().lines().map(|l| format!("#{l}\n")).collect::<String>()
+        );
         return Ok(());
     }
     eprintln!("{}", run.describe());
@@ -359,7 +348,8 @@ struct Loaded {
 impl Loaded {
     fn open(args: &ModelArgs) -> Result<Self> {
         let source = ModelSource::open(&args.model)?;
-        let threads = crate::config::DevicesConfig { threads: args.threads, ..Default::default() }.thread_count();
+        let threads =
+            crate::config::DevicesConfig { threads: args.threads, ..Default::default() }.thread_count();
         let policy = Policy::load(&source, None, 0)?;
         Ok(Self { pool: Pool::new(threads), policy, tokenizer: source.tokenizer()?, source })
     }
@@ -375,7 +365,12 @@ impl Loaded {
         Ok(())
     }
 
-    fn prompts(&self, rows: &[Row], template: Option<&str>, rendering: &PromptArgs) -> Result<Vec<Arc<Prompt>>> {
+    fn prompts(
+        &self,
+        rows: &[Row],
+        template: Option<&str>,
+        rendering: &PromptArgs,
+    ) -> Result<Vec<Arc<Prompt>>> {
         let chat = match rendering.raw {
             true => None,
             false => self.source.chat_template(&self.tokenizer)?,
@@ -460,9 +455,12 @@ fn eval(args: &EvalArgs) -> Result<()> {
     };
     let key = RolloutKey { seed: args.sampling.seed, step: 0, version: PolicyVersion(0) };
     let mut model = PagedDecoder::new(loaded.policy.weights());
-    let (result, groups, stats) = evaluation.run(&mut engine, &mut model, &loaded.pool, &loaded.tokenizer, key)?;
-    let components: Map<String, Value> = result.components.iter().map(|(n, v)| (n.clone(), json!(v))).collect();
-    let passes: Map<String, Value> = result.pass_at_k.iter().map(|(k, v)| (format!("pass@{k}"), json!(v))).collect();
+    let (result, groups, stats) =
+        evaluation.run(&mut engine, &mut model, &loaded.pool, &loaded.tokenizer, key)?;
+    let components: Map<String, Value> =
+        result.components.iter().map(|(n, v)| (n.clone(), json!(v))).collect();
+    let passes: Map<String, Value> =
+        result.pass_at_k.iter().map(|(k, v)| (format!("pass@{k}"), json!(v))).collect();
     let errors: usize = groups.iter().flat_map(|g| &g.outcomes).map(|o| o.errors.len()).sum();
     print_line(&json!({
         "prompts": prompts.len(),
@@ -510,25 +508,33 @@ fn generate(args: &GenerateArgs) -> Result<()> {
     });
     // groups are printed in the order of the file, as soon as all before them are complete
     let (mut waiting, mut next) = (std::collections::BTreeMap::new(), 0);
-    engine.generate(&mut model, &loaded.pool, &loaded.tokenizer, &requests, &sampling, key, &mut |i, group| {
-        waiting.insert(i, group);
-        while let Some(group) = waiting.remove(&next) {
-            next += 1;
-            for c in &group.completions {
-                print_line(&json!({
-                    "id": group.prompt.id,
-                    "prompt": group.prompt.text,
-                    "completion": c.text,
-                    "tokens": c.tokens,
-                    "logprobs": c.logprobs,
-                    "finish_reason": c.finish,
-                    "prompt_ids": group.prompt.tokens,
-                    "sampling": stated,
-                }))?;
+    engine.generate(
+        &mut model,
+        &loaded.pool,
+        &loaded.tokenizer,
+        &requests,
+        &sampling,
+        key,
+        &mut |i, group| {
+            waiting.insert(i, group);
+            while let Some(group) = waiting.remove(&next) {
+                next += 1;
+                for c in &group.completions {
+                    print_line(&json!({
+                        "id": group.prompt.id,
+                        "prompt": group.prompt.text,
+                        "completion": c.text,
+                        "tokens": c.tokens,
+                        "logprobs": c.logprobs,
+                        "finish_reason": c.finish,
+                        "prompt_ids": group.prompt.tokens,
+                        "sampling": stated,
+                    }))?;
+                }
             }
-        }
-        Ok(())
-    })?;
+            Ok(())
+        },
+    )?;
     Ok(())
 }
 
@@ -558,7 +564,9 @@ fn logprobs(args: &LogprobsArgs) -> Result<()> {
         let groups = [GroupTokens { prompt: &row.prompt, completions: vec![&row.completion] }];
         let mut scored = Vec::new();
         for pieces in micro_batches(&groups, usize::MAX) {
-            scored = trainer.score(&loaded.pool, &loaded.policy.weights(), &pack(&groups, &pieces), &row.warp).logprobs;
+            scored = trainer
+                .score(&loaded.pool, &loaded.policy.weights(), &pack(&groups, &pieces), &row.warp)
+                .logprobs;
         }
         print_line(&json!({"id": row.id, "logprobs": scored}))?;
     }
@@ -568,10 +576,12 @@ fn logprobs(args: &LogprobsArgs) -> Result<()> {
 fn score_row(row: &Row, loaded: &Loaded, args: &LogprobsArgs) -> std::result::Result<ScoreRow, String> {
     let ids = |key: &str| -> std::result::Result<Option<Vec<TokenId>>, String> {
         let Some(value) = row.get(key) else { return Ok(None) };
-        let ids: Vec<TokenId> =
-            serde_json::from_value(value.clone()).map_err(|e| format!("`{key}` is no list of token ids: {e}"))?;
+        let ids: Vec<TokenId> = serde_json::from_value(value.clone())
+            .map_err(|e| format!("`{key}` is no list of token ids: {e}"))?;
         match ids.iter().find(|id| **id as usize >= loaded.policy.spec.vocab) {
-            Some(id) => Err(format!("`{key}`: token {id} is outside the vocabulary of {}", loaded.policy.spec.vocab)),
+            Some(id) => {
+                Err(format!("`{key}`: token {id} is outside the vocabulary of {}", loaded.policy.spec.vocab))
+            }
             None => Ok(Some(ids)),
         }
     };
@@ -586,13 +596,19 @@ fn score_row(row: &Row, loaded: &Loaded, args: &LogprobsArgs) -> std::result::Re
         (None, None, Some(Value::String(text))) => {
             (loaded.tokenizer.encode(text).map_err(|e| e.to_string())?, tokens)
         }
-        _ => return Err("needs `prompt_tokens` (how many of `tokens` are the prompt), `prompt_ids` or `prompt`".into()),
+        _ => {
+            return Err(
+                "needs `prompt_tokens` (how many of `tokens` are the prompt), `prompt_ids` or `prompt`"
+                    .into(),
+            );
+        }
     };
     if prompt.is_empty() {
         return Err("the prompt is empty".into());
     }
     let stated = row.get("sampling");
-    let number = |key: &str, flag: f64| stated.and_then(|s| s.get(key)).and_then(Value::as_f64).unwrap_or(flag);
+    let number =
+        |key: &str, flag: f64| stated.and_then(|s| s.get(key)).and_then(Value::as_f64).unwrap_or(flag);
     let warp = rft_kernels::Warp {
         temperature: number("temperature", f64::from(args.temperature)) as f32,
         top_k: number("top_k", args.top_k as f64) as usize,
@@ -611,6 +627,56 @@ fn devices() -> Result<()> {
     println!("cuda  not built in: this build has CPU kernels only");
     Ok(())
 }
-fn score(_: &ScoreArgs) -> Result<()> { Ok(()) }
-fn verify(_: &VerifyArgs) -> Result<()> { Ok(()) }
-fn export(_: &ExportArgs) -> Result<()> { Ok(()) }
+
+fn score(args: &ScoreArgs) -> Result<()> {
+    let rows = read_jsonl(&args.data)?;
+    let rewards: Vec<RewardConfig> = args.reward.iter().map(|r| reward_config(r)).collect();
+    let threads = crate::config::DevicesConfig::default().thread_count();
+    let scorer = Scorer::new(&rewards, threads)?;
+    let results = scorer
+        .score_rows(&rows, args.step, args.total_steps)
+        .map_err(|(row, message)| EngineError::malformed(&args.data, format!("row {}", row + 1), message))?;
+    let (mut failed, mut changed) = (0, 0);
+    for (row, outcome) in rows.iter().zip(&results) {
+        let components: Map<String, Value> =
+            outcome.components.iter().map(|(n, v)| (n.clone(), json!(v))).collect();
+        failed += usize::from(!outcome.errors.is_empty());
+        let mut line = json!({
+            "id": row.get("id").cloned().unwrap_or_default(),
+            "reward": outcome.reward,
+            "components": components,
+            "error": outcome.errors.first(),
+        });
+        if let Some(Value::Object(stored)) = row.get("components") {
+            let difference = |(name, value): (&String, &Value)| {
+                let now = components.get(name).and_then(Value::as_f64);
+                (now != value.as_f64()).then(|| (name.clone(), json!({"stored": value, "now": now})))
+            };
+            let differences: Map<String, Value> = stored.iter().filter_map(difference).collect();
+            changed += usize::from(!differences.is_empty());
+            if !differences.is_empty() {
+                line["differences"] = Value::Object(differences);
+            }
+        }
+        print_line(&line)?;
+    }
+    let scored: Vec<f64> = results.iter().filter_map(|o| o.reward).collect();
+    let mean = scored.iter().sum::<f64>() / scored.len().max(1) as f64;
+    eprintln!(
+        "{} rows: mean reward {mean:.4} over {} scored, {failed} with errors, {changed} different from what is stored",
+        rows.len(),
+        scored.len()
+    );
+    Ok(())
+}
+
+fn export(args: &ExportArgs) -> Result<()> {
+    if args.out.exists() {
+        return Err(EngineError::Config(format!(
+            "{} exists already. hint: choose another --out",
+            args.out.display()
+        )));
+    }
+    let recipe = Recipe::load(Some(&args.run.join("recipe.toml")), &[])?;
+    Run::prepare(recipe)?.export(&args.run, &args.out, args.merge_lora)
+}

@@ -432,7 +432,11 @@ impl Recipe {
             }
             let merged = toml::to_string(&table).map_err(|e| EngineError::Config(e.to_string()))?;
             toml::from_str(&merged).map_err(|e| {
-                EngineError::Config(format!("--set {}: {}", overrides.join(" --set "), with_nearest(e.message())))
+                EngineError::Config(format!(
+                    "--set {}: {}",
+                    overrides.join(" --set "),
+                    with_nearest(e.message())
+                ))
             })?
         };
         recipe.validate()?;
@@ -459,13 +463,19 @@ impl Recipe {
     fn validate(&self) -> Result<()> {
         let fail = |message: String| Err(EngineError::Config(message));
         match (&self.model.path, &self.model.new) {
-            (None, None) => return fail("model: set `path` (a model folder or GGUF file) or a `[model.new]` shape".into()),
+            (None, None) => {
+                return fail(
+                    "model: set `path` (a model folder or GGUF file) or a `[model.new]` shape".into(),
+                );
+            }
             (Some(_), Some(_)) => return fail("model: `path` and `[model.new]` exclude each other".into()),
             _ => {}
         }
         match (&self.data.path, &self.data.arithmetic) {
             (None, None) => return fail("data: set `path` (a JSONL file) or `[data.arithmetic]`".into()),
-            (Some(_), Some(_)) => return fail("data: `path` and `[data.arithmetic]` exclude each other".into()),
+            (Some(_), Some(_)) => {
+                return fail("data: `path` and `[data.arithmetic]` exclude each other".into());
+            }
             _ => {}
         }
         let grpo = self.stages().iter().any(|s| s.kind == StageKind::Grpo);
@@ -483,10 +493,16 @@ impl Recipe {
             }
         }
         if r.group_size < 2 && grpo {
-            return fail("rollout.group_size must be at least 2: an advantage compares the completions of a group".into());
+            return fail(
+                "rollout.group_size must be at least 2: an advantage compares the completions of a group"
+                    .into(),
+            );
         }
         if !(r.temperature > 0.0 && r.temperature.is_finite()) {
-            return fail(format!("rollout.temperature must be positive, got {} (eval.temperature may be 0)", r.temperature));
+            return fail(format!(
+                "rollout.temperature must be positive, got {} (eval.temperature may be 0)",
+                r.temperature
+            ));
         }
         if !(r.top_p > 0.0 && r.top_p <= 1.0) {
             return fail(format!("rollout.top_p must be in (0, 1], got {}", r.top_p));
@@ -512,7 +528,8 @@ impl Recipe {
 /// `a.b=value`, where value is TOML and a bare word is a string.
 fn apply_override(table: &mut Table, item: &str) -> Result<()> {
     let bad = |why: &str| EngineError::Config(format!("--set {item}: {why}"));
-    let (key, raw) = item.split_once('=').ok_or_else(|| bad("expected key=value, for example train.steps=6"))?;
+    let (key, raw) =
+        item.split_once('=').ok_or_else(|| bad("expected key=value, for example train.steps=6"))?;
     let value = format!("v = {raw}")
         .parse::<Table>()
         .ok()
@@ -527,7 +544,9 @@ fn apply_override(table: &mut Table, item: &str) -> Result<()> {
             node = match node {
                 Value::Table(t) => t.entry(part).or_insert_with(|| Value::Table(Table::new())),
                 Value::Array(list) => {
-                    let index: usize = part.parse().map_err(|_| bad("a list takes an index, for example reward.0.weight=2"))?;
+                    let index: usize = part
+                        .parse()
+                        .map_err(|_| bad("a list takes an index, for example reward.0.weight=2"))?;
                     list.get_mut(index).ok_or_else(|| bad("no such list item"))?
                 }
                 _ => return Err(bad(&format!("`{part}` is below a plain value"))),

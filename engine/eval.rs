@@ -46,10 +46,11 @@ impl Evaluation<'_> {
         let requests: Vec<Request> =
             self.prompts.iter().map(|p| Request { prompt: Arc::clone(p), samples: self.samples }).collect();
         let mut scoring = self.scorer.start(self.progress.0, self.progress.1, key.seed);
-        let stats = engine.generate(model, pool, tokenizer, &requests, self.sampling, key, &mut |i, group| {
-            scoring.submit(i, group);
-            Ok(())
-        })?;
+        let stats =
+            engine.generate(model, pool, tokenizer, &requests, self.sampling, key, &mut |i, group| {
+                scoring.submit(i, group);
+                Ok(())
+            })?;
         let groups = scoring.finish()?;
         Ok((self.summarise(&groups), groups, stats))
     }
@@ -74,7 +75,8 @@ impl Evaluation<'_> {
             reward: rewards.iter().sum::<f64>() / rewards.len().max(1) as f64,
             components: component_means(groups),
             pass_at_k,
-            completion_tokens_mean: completions.iter().sum::<usize>() as f64 / completions.len().max(1) as f64,
+            completion_tokens_mean: completions.iter().sum::<usize>() as f64
+                / completions.len().max(1) as f64,
         }
     }
 }

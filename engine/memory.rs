@@ -50,7 +50,12 @@ impl MemoryPlan {
     ///
     /// # Errors
     /// A budget that cannot hold the run, with what to lower.
-    pub fn new(recipe: &Recipe, policy: &Policy, needs_reference: bool, prompt_tokens: usize) -> Result<Self> {
+    pub fn new(
+        recipe: &Recipe,
+        policy: &Policy,
+        needs_reference: bool,
+        prompt_tokens: usize,
+    ) -> Result<Self> {
         let spec = &policy.spec;
         let rollout = &recipe.rollout;
         let bf16 = recipe.model.precision == Precision::Bf16;

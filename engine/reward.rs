@@ -1,10 +1,13 @@
 //! Groups to rewards: hands finished groups to the verifier pool while others still decode.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use rft_rewards::{Context, Limits, OnError, Outcome, RewardPool, RewardSpec, Sample};
+use serde_json::Value;
 
 use crate::config::{OnErrorConfig, RewardConfig};
+use crate::data::prompts::Row;
 use crate::error::{EngineError, Result};
 use crate::types::Group;
 
@@ -41,14 +44,20 @@ impl Scorer {
             .map(|r| {
                 Ok(RewardSpec {
                     weight: r.weight,
-                    limits: Limits { time_ms: r.time_ms, memory_bytes: r.memory_mb << 20, ..Limits::default() },
+                    limits: Limits {
+                        time_ms: r.time_ms,
+                        memory_bytes: r.memory_mb << 20,
+                        ..Limits::default()
+                    },
                     on_error: match r.on_error {
                         OnErrorConfig::Abstain => OnError::Abstain,
                         OnErrorConfig::Fail => OnError::Fail,
                         OnErrorConfig::Score => OnError::Score(r.error_score),
                     },
                     options: r.options.clone(),
-                    ..RewardSpec::new(rft_rewards::resolve(&r.script).map_err(|e| EngineError::Reward(e.to_string()))?)
+                    ..RewardSpec::new(
+                        rft_rewards::resolve(&r.script).map_err(|e| EngineError::Reward(e.to_string()))?,
+                    )
                 })
             })
             .collect::<Result<_>>()?;
@@ -125,6 +134,55 @@ impl Drop for Scoring<'_> {
             let (ticket, outcomes) = self.scorer.pool.recv();
             self.take(ticket, outcomes);
         }
+    }
+}
+
+impl Scorer {
+    /// Scores stored completions: rows `{id, completion, …any fields}`; neighbours of the same `id` and `step` with a
+    /// `sample` number are one group. Outcomes come in the order of the rows.
+    ///
+    /// # Errors
+    /// A row without a `completion`, by position.
+    pub fn score_rows(
+        &self,
+        rows: &[Row],
+        step: u64,
+        total_steps: u64,
+    ) -> std::result::Result<Vec<Outcome>, (usize, String)> {
+        let mut groups: Vec<Vec<Sample>> = Vec::new();
+        let mut last = None;
+        for (i, row) in rows.iter().enumerate() {
+            let text = |key: &str| row.get(key).and_then(Value::as_str).map(str::to_string);
+            let completion =
+                text("completion").ok_or_else(|| (i, "has no `completion` (string)".to_string()))?;
+            let tokens =
+                row.get("tokens").and_then(|t| serde_json::from_value(t.clone()).ok()).unwrap_or_default();
+            let id = row.get("id").map(|id| id.as_str().map_or_else(|| id.to_string(), str::to_string));
+            let number = row.get("sample").and_then(Value::as_u64);
+            let group = number.map(|_| (id.clone(), row.get("step").cloned()));
+            let sample = Sample {
+                id: id.unwrap_or_else(|| i.to_string()),
+                sample: number.unwrap_or(0) as u32,
+                completion,
+                prompt: text("prompt").unwrap_or_default(),
+                fields: Arc::new(row.clone()),
+                tokens,
+                token_text_ends: Vec::new(),
+                finish_reason: text("finish_reason").unwrap_or_default(),
+            };
+            match groups.last_mut() {
+                Some(samples) if group.is_some() && group == last => samples.push(sample),
+                _ => groups.push(vec![sample]),
+            }
+            last = group;
+        }
+        let context = Context { step, total_steps, seed: 0 };
+        let count = groups.len();
+        for (ticket, samples) in groups.into_iter().enumerate() {
+            self.pool.submit(ticket as u64, samples, context);
+        }
+        let done: BTreeMap<u64, Vec<Outcome>> = (0..count).map(|_| self.pool.recv()).collect();
+        Ok(done.into_values().flatten().collect())
     }
 }
 

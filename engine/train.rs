@@ -28,7 +28,8 @@ use crate::loss::{BatchTotals, LossInputs, LossSums, policy_loss};
 use crate::memory::MemoryPlan;
 use crate::model::backprop::Scores;
 use crate::model::decoder::PagedDecoder;
-use crate::model::export::{ModelFiles, write_hf_folder};
+use crate::model::export::{ModelFiles, write_hf_folder, write_safetensors};
+use crate::model::lora::Adapter;
 use crate::model::params::Arena;
 use crate::model::policy::{Policy, Weights, new_model_spec};
 use crate::model::source::ModelSource;
@@ -100,8 +101,8 @@ impl Run {
         };
         let tasks = load_tasks(&recipe, source.as_ref(), &tokenizer)?;
         let prompt_tokens = longest(tasks.train.iter().chain(&tasks.heldout).map(|p| p.tokens.len()));
-        let positions =
-            prompt_tokens + recipe.rollout.max_new_tokens.max(longest(tasks.demonstrations.iter().map(Vec::len)));
+        let positions = prompt_tokens
+            + recipe.rollout.max_new_tokens.max(longest(tasks.demonstrations.iter().map(Vec::len)));
         let (mut policy, files) = match (&source, &recipe.model.new) {
             (Some(source), _) => {
                 if positions > source.spec().max_positions {
@@ -114,9 +115,10 @@ impl Run {
                 (Policy::load(source, recipe.model.lora.as_ref(), recipe.seed)?, source.files()?)
             }
             (None, Some(shape)) => {
-                let eos = *tokenizer.eos().first().ok_or_else(|| {
-                    EngineError::Model("the tokenizer names no end token".into())
-                })?;
+                let eos = *tokenizer
+                    .eos()
+                    .first()
+                    .ok_or_else(|| EngineError::Model("the tokenizer names no end token".into()))?;
                 let spec = new_model_spec(shape, tokenizer.vocab_size(), eos, positions.next_power_of_two())?;
                 let files = ModelFiles::new(spec.to_config_json("float32"), &tokenizer, None)?;
                 (Policy::init(spec, recipe.seed), files)
@@ -213,11 +215,40 @@ impl Run {
         self.finish(&mut engine, &folder, clock)
     }
 
+    /// Writes the model of the run's last checkpoint: a Hugging Face folder, or for an adapter run without `merge` a
+    /// PEFT adapter.
+    ///
+    /// # Errors
+    /// No good checkpoint; files that cannot be written.
+    pub fn export(mut self, root: &Path, out: &Path, merge: bool) -> Result<()> {
+        let checkpoints = root.join("checkpoints");
+        let mut learner = Learner::new(&self.policy, 1);
+        self.restore(&checkpoints, &mut learner)?;
+        if self.position() == 0 {
+            return Err(EngineError::Config(format!(
+                "{} holds no good checkpoint to export",
+                checkpoints.display()
+            )));
+        }
+        match (&self.policy.adapter, merge) {
+            (Some(adapter), false) => {
+                let base = self.recipe.model.path.clone().unwrap_or_default();
+                write_adapter(out, adapter, &base.display().to_string())
+            }
+            _ => write_hf_folder(out, &self.files, self.policy.merged_tensors(), "float32"),
+        }
+    }
+
     /// Before the first step of a GRPO stage: fixes the reference policy and measures the held-out reward.
     fn begin_grpo(&mut self, checkpoints: &Path, engine: &mut RolloutEngine) -> Result<()> {
         if self.recipe.algorithm.objective.needs_reference() && self.policy.adapter.is_none() {
             self.reference = Some(self.policy.base.clone());
-            checkpoint::write(checkpoints, "reference", &(), &[("weights", &self.policy.base.trainable_values())])?;
+            checkpoint::write(
+                checkpoints,
+                "reference",
+                &(),
+                &[("weights", &self.policy.base.trainable_values())],
+            )?;
         }
         if self.state.eval_before.is_none() && !self.tasks.heldout.is_empty() {
             let (before, _) = self.evaluate(engine)?;
@@ -261,7 +292,11 @@ impl Run {
         };
         let optimizer = &self.recipe.optimizer;
         let stats = learner.update(&self.pool, &mut self.policy, &groups, &warp, optimizer, lr, nll)?;
-        progress.sft_step(self.state.step_in_stage + 1, loss, stats.rows as f64 / start.elapsed().as_secs_f64());
+        progress.sft_step(
+            self.state.step_in_stage + 1,
+            loss,
+            stats.rows as f64 / start.elapsed().as_secs_f64(),
+        );
         Ok(())
     }
 
@@ -295,7 +330,14 @@ impl Run {
             let objective = &self.recipe.algorithm.objective;
             let kl_coefficient = self.state.kl_coefficient;
             let loss = |pieces: &[Piece], scores: &Scores| {
-                let out = batch.loss(pieces, scores, &advantages.values, reference.as_deref(), kl_coefficient, objective);
+                let out = batch.loss(
+                    pieces,
+                    scores,
+                    &advantages.values,
+                    reference.as_deref(),
+                    kl_coefficient,
+                    objective,
+                );
                 sums.add(&out.sums);
                 Ok(ScoreGrads { logprobs: out.d_new, entropies: out.d_entropy })
             };
@@ -342,7 +384,8 @@ impl Run {
             zero_variance_groups: advantages.zero_variance_groups,
             reward_errors: groups.iter().flat_map(|g| &g.outcomes).map(|o| o.errors.len()).sum(),
             completion_tokens_mean: completions.clone().map(|c| c.tokens.len()).sum::<usize>() as f64 / count,
-            truncated_fraction: completions.filter(|c| c.finish == FinishReason::Length).count() as f64 / count,
+            truncated_fraction: completions.filter(|c| c.finish == FinishReason::Length).count() as f64
+                / count,
             grad_norm: stats.grad_norm,
             lr,
             loss: first.loss,
@@ -387,10 +430,18 @@ impl Run {
         let key = RolloutKey { seed: self.recipe.seed, step, version: self.policy.version };
         let mut scoring = self.scorer.start(step, total, self.recipe.seed);
         let mut model = PagedDecoder::new(self.policy.weights());
-        let stats = engine.generate(&mut model, &self.pool, &self.tokenizer, &requests, sampling, key, &mut |i, group| {
-            scoring.submit(i, group);
-            Ok(())
-        })?;
+        let stats = engine.generate(
+            &mut model,
+            &self.pool,
+            &self.tokenizer,
+            &requests,
+            sampling,
+            key,
+            &mut |i, group| {
+                scoring.submit(i, group);
+                Ok(())
+            },
+        )?;
         let waiting = Instant::now();
         let groups = scoring.finish()?;
         Ok((groups, stats, waiting.elapsed().as_secs_f64()))
@@ -472,7 +523,13 @@ impl Run {
         self.state.updates = learner.adam.updates;
         let weights = self.policy.trainable().trainable_values();
         let buffers = [("weights", &weights[..]), ("adam_m", &learner.adam.m), ("adam_v", &learner.adam.v)];
-        checkpoint::save(checkpoints, self.position(), &self.state, &buffers, self.recipe.train.keep_checkpoints)?;
+        checkpoint::save(
+            checkpoints,
+            self.position(),
+            &self.state,
+            &buffers,
+            self.recipe.train.keep_checkpoints,
+        )?;
         Ok(())
     }
 
@@ -551,11 +608,35 @@ impl Run {
     }
 }
 
+/// Writes `adapter_config.json` and `adapter_model.safetensors` as peft does.
+fn write_adapter(out: &Path, adapter: &Adapter, base: &str) -> Result<()> {
+    std::fs::create_dir_all(out).map_err(EngineError::io(out))?;
+    let config = json!({
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": adapter.config.rank,
+        "lora_alpha": adapter.config.alpha,
+        "lora_dropout": 0.0,
+        "use_rslora": adapter.config.rslora,
+        "target_modules": adapter.config.targets,
+        "bias": "none",
+        "inference_mode": true,
+    });
+    let path = out.join("adapter_config.json");
+    std::fs::write(&path, format!("{config:#}\n")).map_err(EngineError::io(path))?;
+    let arena = &adapter.arena;
+    let tensors = (0..arena.slots().len()).flat_map(|id| arena.tensors_of(id, arena.values(id)));
+    write_safetensors(&out.join("adapter_model.safetensors"), tensors, "float32")
+}
+
 fn take_buffer(buffers: &mut Buffers, root: &Path, name: &str, len: usize) -> Result<Vec<f32>> {
     let found = buffers.remove(name).unwrap_or_default();
     match found.len() == len {
         true => Ok(found),
-        false => Err(EngineError::malformed(root, name, format!("{len} numbers expected, {} found", found.len()))),
+        false => {
+            Err(EngineError::malformed(root, name, format!("{len} numbers expected, {} found", found.len())))
+        }
     }
 }
 
@@ -585,7 +666,8 @@ impl<'a> StepBatch<'a> {
         for scored in scored {
             for (completion, outcome) in scored.group.completions.iter().zip(&scored.outcomes) {
                 // an abstained completion has no advantage and must not dilute the step's mean either
-                let masked = (mask_truncated && completion.finish == FinishReason::Length) || outcome.reward.is_none();
+                let masked =
+                    (mask_truncated && completion.finish == FinishReason::Length) || outcome.reward.is_none();
                 old.extend_from_slice(&completion.logprobs);
                 mask.resize(old.len(), !masked);
                 offsets.push(old.len());
@@ -616,7 +698,8 @@ impl<'a> StepBatch<'a> {
         // a micro-batch holds consecutive completions of the step
         let rows: Vec<usize> = rows.collect();
         let (from, to) = (self.offsets[rows[0]], self.offsets[rows[rows.len() - 1] + 1]);
-        let offsets: Vec<usize> = (rows[0]..=rows[rows.len() - 1] + 1).map(|r| self.offsets[r] - from).collect();
+        let offsets: Vec<usize> =
+            (rows[0]..=rows[rows.len() - 1] + 1).map(|r| self.offsets[r] - from).collect();
         let by_token: Vec<f32> =
             rows.iter().flat_map(|&r| vec![advantages[r]; self.offsets[r + 1] - self.offsets[r]]).collect();
         policy_loss(
@@ -643,7 +726,9 @@ fn longest(lengths: impl Iterator<Item = usize>) -> usize {
 fn load_tasks(recipe: &Recipe, source: Option<&ModelSource>, tokenizer: &Tokenizer) -> Result<Tasks> {
     let data = &recipe.data;
     let (train, heldout) = match (&data.path, &data.arithmetic) {
-        (Some(path), _) => split_rows(read_jsonl(path)?, data.eval_path.as_deref(), data.heldout, recipe.seed)?,
+        (Some(path), _) => {
+            split_rows(read_jsonl(path)?, data.eval_path.as_deref(), data.heldout, recipe.seed)?
+        }
         (None, Some(task)) => (
             arithmetic::generate(task, recipe.seed, Split::Train, task.problems),
             arithmetic::generate(task, recipe.seed, Split::Heldout, data.heldout),
@@ -680,7 +765,10 @@ fn load_tasks(recipe: &Recipe, source: Option<&ModelSource>, tokenizer: &Tokeniz
         )));
     }
     if dropped > 0 {
-        eprintln!("warning: {dropped} prompts are longer than data.max_prompt_tokens = {} and were dropped", data.max_prompt_tokens);
+        eprintln!(
+            "warning: {dropped} prompts are longer than data.max_prompt_tokens = {} and were dropped",
+            data.max_prompt_tokens
+        );
     }
     let demonstrations = train
         .iter()
@@ -696,7 +784,12 @@ fn load_tasks(recipe: &Recipe, source: Option<&ModelSource>, tokenizer: &Tokeniz
     Ok(Tasks { train, heldout, demonstrations, dropped })
 }
 
-fn split_rows(rows: Vec<Row>, eval: Option<&Path>, heldout: usize, seed: u64) -> Result<(Vec<Row>, Vec<Row>)> {
+fn split_rows(
+    rows: Vec<Row>,
+    eval: Option<&Path>,
+    heldout: usize,
+    seed: u64,
+) -> Result<(Vec<Row>, Vec<Row>)> {
     if let Some(path) = eval {
         let mut held = read_jsonl(path)?;
         held.truncate(heldout);
@@ -780,5 +873,8 @@ fn warn_about(metrics: &StepMetrics, groups: &[ScoredGroup], progress: &mut Prog
 
 /// The first of `runs/NAME-1`, `runs/NAME-2`, … that does not exist.
 pub fn free_run_dir(name: &str) -> PathBuf {
-    (1..).map(|n| PathBuf::from(format!("runs/{name}-{n}"))).find(|p| !p.exists()).expect("numbers do not run out")
+    (1..)
+        .map(|n| PathBuf::from(format!("runs/{name}-{n}")))
+        .find(|p| !p.exists())
+        .expect("numbers do not run out")
 }

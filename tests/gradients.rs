@@ -82,7 +82,10 @@ fn check_every_slot(mut policy: Policy, adapter: bool) {
         };
         let numeric = (shifted(1.0) - shifted(-1.0)) / (2.0 * h);
         let analytic = norm * norm;
-        assert!((numeric - analytic).abs() < 0.02 * analytic, "{name}: numeric {numeric}, analytic {analytic}");
+        assert!(
+            (numeric - analytic).abs() < 0.02 * analytic,
+            "{name}: numeric {numeric}, analytic {analytic}"
+        );
     }
 }
 

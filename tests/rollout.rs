@@ -165,7 +165,9 @@ fn a_prompt_that_cannot_fit_is_refused_with_the_numbers() {
     let mut engine = RolloutEngine::new(&model, 4);
     let mut run = |sampling: &SamplingConfig| {
         let pool = Pool::new(1);
-        engine.generate(&mut model, &pool, &tokenizer, &requests, sampling, KEY, &mut |_, _| Ok(())).unwrap_err()
+        engine
+            .generate(&mut model, &pool, &tokenizer, &requests, sampling, KEY, &mut |_, _| Ok(()))
+            .unwrap_err()
     };
     let error = run(&sampling(1.0, 0, 1.0, 0.0, &[]));
     assert!(matches!(error, EngineError::Memory(_)) && error.to_string().contains("pool has 4"), "{error}");

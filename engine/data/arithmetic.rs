@@ -141,7 +141,8 @@ mod tests {
         let tokenizer = tokenizer().unwrap();
         for row in &heldout {
             assert!(train.iter().all(|t| t["prompt"] != row["prompt"]));
-            let text = format!("{}{}", row["prompt"].as_str().unwrap(), row["demonstration"].as_str().unwrap());
+            let text =
+                format!("{}{}", row["prompt"].as_str().unwrap(), row["demonstration"].as_str().unwrap());
             assert_eq!(tokenizer.decode(&tokenizer.encode(&text).unwrap(), true), text);
         }
     }

@@ -89,7 +89,9 @@ impl Renderer<'_> {
             }
             (None, Content::Text(text)) => text,
             (None, Content::Messages(_)) => {
-                return Err(bad("has `messages`, and the model has no chat template (or data.chat is false)".into()));
+                return Err(bad(
+                    "has `messages`, and the model has no chat template (or data.chat is false)".into(),
+                ));
             }
         };
         let tokens = self.tokenizer.encode(&text).map_err(|e| bad(e.to_string()))?;
@@ -115,7 +117,9 @@ fn fill(template: &str, row: &Row) -> std::result::Result<String, String> {
             continue;
         }
         let Some(end) = rest.find('}').filter(|_| brace == "{") else {
-            return Err(format!("the prompt template has a lone `{brace}`; write `{brace}{brace}` for the character"));
+            return Err(format!(
+                "the prompt template has a lone `{brace}`; write `{brace}{brace}` for the character"
+            ));
         };
         let field = &rest[..end];
         match row.get(field) {
@@ -123,7 +127,10 @@ fn fill(template: &str, row: &Row) -> std::result::Result<String, String> {
             Some(other) => out.push_str(&other.to_string()),
             None => {
                 let known: Vec<&str> = row.keys().map(String::as_str).collect();
-                return Err(format!("the prompt template names `{{{field}}}`, and the row has only: {}", known.join(", ")));
+                return Err(format!(
+                    "the prompt template names `{{{field}}}`, and the row has only: {}",
+                    known.join(", ")
+                ));
             }
         }
         rest = &rest[end + 1..];
@@ -169,7 +176,9 @@ mod tests {
     use super::*;
 
     fn row() -> Row {
-        let Value::Object(row) = json!({"question": "2+2?", "n": 7}) else { unreachable!("an object literal") };
+        let Value::Object(row) = json!({"question": "2+2?", "n": 7}) else {
+            unreachable!("an object literal")
+        };
         row
     }
 

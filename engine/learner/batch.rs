@@ -130,7 +130,10 @@ mod tests {
             let mut seen = Vec::new();
             for pieces in micro_batches(&groups, max_rows) {
                 let rows = pack(&groups, &pieces).tokens.len();
-                assert!(rows <= max_rows || (pieces.len() == 1 && pieces[0].completions.len() <= 2), "{rows}");
+                assert!(
+                    rows <= max_rows || (pieces.len() == 1 && pieces[0].completions.len() <= 2),
+                    "{rows}"
+                );
                 seen.extend(pieces.iter().flat_map(|p| p.completions.clone().map(|c| (p.group, c))));
             }
             assert_eq!(seen, [(0, 0), (0, 1), (0, 2), (1, 0)], "max_rows {max_rows}");

@@ -43,7 +43,8 @@ pub fn write(root: &Path, name: &str, state: &impl Serialize, buffers: &[(&str, 
     }
     fs::create_dir_all(&partial).map_err(EngineError::io(&partial))?;
     let mut manifest = Manifest::new();
-    let state = serde_json::to_vec_pretty(state).map_err(|e| EngineError::malformed(&partial, STATE, e.to_string()))?;
+    let state = serde_json::to_vec_pretty(state)
+        .map_err(|e| EngineError::malformed(&partial, STATE, e.to_string()))?;
     manifest.insert(STATE.into(), write_file(&partial.join(STATE), &state)?);
     for (buffer, values) in buffers {
         let file = format!("{buffer}.f32");
@@ -65,7 +66,13 @@ pub fn write(root: &Path, name: &str, state: &impl Serialize, buffers: &[(&str, 
 ///
 /// # Errors
 /// As [`write`].
-pub fn save(root: &Path, step: u64, state: &impl Serialize, buffers: &[(&str, &[f32])], keep: usize) -> Result<PathBuf> {
+pub fn save(
+    root: &Path,
+    step: u64,
+    state: &impl Serialize,
+    buffers: &[(&str, &[f32])],
+    keep: usize,
+) -> Result<PathBuf> {
     let path = write(root, &step_name(step), state, buffers)?;
     for old in steps(root)?.iter().rev().skip(keep.max(1)) {
         let path = root.join(step_name(*old));
@@ -89,7 +96,14 @@ pub fn read<S: DeserializeOwned>(root: &Path, name: &str) -> Result<(S, Buffers)
         let mut bytes = Vec::new();
         File::open(&path).and_then(|mut f| f.read_to_end(&mut bytes)).map_err(EngineError::io(&path))?;
         if describe(&bytes) != *entry {
-            return Err(bad(file, format!("torn or altered: {} bytes expected, {} found, or another checksum", entry.bytes, bytes.len())));
+            return Err(bad(
+                file,
+                format!(
+                    "torn or altered: {} bytes expected, {} found, or another checksum",
+                    entry.bytes,
+                    bytes.len()
+                ),
+            ));
         }
         match file.strip_suffix(".f32") {
             Some(name) => {

@@ -24,10 +24,18 @@ impl AdamW {
 
     /// One update of `arena` from `grads`, scaled down to `config.max_grad_norm` where that is positive.
     /// Matrices decay, vectors (norms, biases) do not. Returns the gradient's norm before scaling.
-    pub fn step(&mut self, pool: &Pool, arena: &mut Arena, grads: &[f32], config: &OptimizerConfig, lr: f64) -> f64 {
+    pub fn step(
+        &mut self,
+        pool: &Pool,
+        arena: &mut Arena,
+        grads: &[f32],
+        config: &OptimizerConfig,
+        lr: f64,
+    ) -> f64 {
         let norm = sum_of_squares(pool, grads).sqrt();
         // 1e-6 as in torch.nn.utils.clip_grad_norm_
-        let clip = if config.max_grad_norm > 0.0 { (config.max_grad_norm / (norm + 1e-6)).min(1.0) } else { 1.0 };
+        let clip =
+            if config.max_grad_norm > 0.0 { (config.max_grad_norm / (norm + 1e-6)).min(1.0) } else { 1.0 };
         self.updates += 1;
         for (weights, range, decays) in arena.trainable_mut() {
             let step = AdamwStep {

@@ -74,7 +74,12 @@ pub struct KlConfig {
 
 impl Default for KlConfig {
     fn default() -> Self {
-        Self { coefficient: 0.0, estimator: Estimator::K3, placement: Placement::Loss, control: Control::Fixed }
+        Self {
+            coefficient: 0.0,
+            estimator: Estimator::K3,
+            placement: Placement::Loss,
+            control: Control::Fixed,
+        }
     }
 }
 
@@ -115,14 +120,16 @@ mod tests {
         let (p, q) = ([0.7f64, 0.2, 0.1], [0.5f64, 0.25, 0.25]);
         let kl: f64 = p.iter().zip(&q).map(|(p, q)| p * (p / q).ln()).sum();
         for estimator in [Estimator::K1, Estimator::K3] {
-            let mean: f64 = p.iter().zip(&q).map(|(p, q)| p * estimator.value_and_slope(p.ln(), q.ln()).0).sum();
+            let mean: f64 =
+                p.iter().zip(&q).map(|(p, q)| p * estimator.value_and_slope(p.ln(), q.ln()).0).sum();
             assert!((mean - kl).abs() < 1e-12, "{estimator:?}");
         }
     }
 
     #[test]
     fn the_coefficient_follows_the_error_within_its_clip() {
-        let config = KlConfig { control: Control::Adaptive { target: 0.1, horizon: 1000.0 }, ..Default::default() };
+        let config =
+            KlConfig { control: Control::Adaptive { target: 0.1, horizon: 1000.0 }, ..Default::default() };
         assert!((config.next_coefficient(1.0, 0.5, 100) - 1.02).abs() < 1e-12);
         assert!((config.next_coefficient(1.0, 0.09, 100) - 0.99).abs() < 1e-12);
         assert_eq!(KlConfig::default().next_coefficient(0.3, 9.0, 100), 0.3);

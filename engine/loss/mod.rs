@@ -160,7 +160,12 @@ pub fn policy_loss(inputs: &LossInputs, objective: &Objective) -> LossOutputs {
     out
 }
 
-fn completion_loss(row: std::ops::Range<usize>, inputs: &LossInputs, objective: &Objective, out: &mut LossOutputs) {
+fn completion_loss(
+    row: std::ops::Range<usize>,
+    inputs: &LossInputs,
+    objective: &Objective,
+    out: &mut LossOutputs,
+) {
     let tokens: Vec<usize> = row.filter(|&t| inputs.mask[t]).collect();
     if tokens.is_empty() {
         return;
@@ -299,7 +304,11 @@ mod tests {
                     run(&c, 0..3, &objective).sums.loss
                 };
                 let numeric = (shifted(5e-4) - shifted(-5e-4)) / 1e-3;
-                assert!((numeric - f64::from(out.d_new[t])).abs() < 2e-4, "{objective:?} token {t}: {numeric} {}", out.d_new[t]);
+                assert!(
+                    (numeric - f64::from(out.d_new[t])).abs() < 2e-4,
+                    "{objective:?} token {t}: {numeric} {}",
+                    out.d_new[t]
+                );
             }
         }
     }

@@ -135,7 +135,14 @@ impl Trainer {
         self.head_backward(pool, w, batch, warp, d_logprobs, d_entropies, grads);
         for layer in (0..w.spec.layers).rev() {
             layer_backward(
-                pool, w, layer, batch, &self.acts[layer], &mut self.scratch, &mut self.back, grads,
+                pool,
+                w,
+                layer,
+                batch,
+                &self.acts[layer],
+                &mut self.scratch,
+                &mut self.back,
+                grads,
             );
         }
         if w.base.grad_range(w.slots.embed).is_some() {
@@ -150,7 +157,14 @@ impl Trainer {
     pub fn finish(&mut self, pool: &Pool, w: &Weights, grads: &mut Grads) {
         if let Some(range) = w.base.grad_range(w.slots.embed) {
             let table = w.base.matrix(w.slots.embed);
-            scatter_add_rows(pool, &self.embed_rows, &self.embed_ids, table.n, table.k, &mut grads.base[range]);
+            scatter_add_rows(
+                pool,
+                &self.embed_rows,
+                &self.embed_ids,
+                table.n,
+                table.k,
+                &mut grads.base[range],
+            );
         }
         self.embed_rows.clear();
         self.embed_ids.clear();
@@ -213,12 +227,25 @@ impl Trainer {
             });
             self.d_chunk.resize(self.chunk.len(), 0.0);
             linear_dx(
-                pool, &self.logits, targets.len(), head, &mut self.d_chunk, Write::Set, &mut self.back.transpose,
+                pool,
+                &self.logits,
+                targets.len(),
+                head,
+                &mut self.d_chunk,
+                Write::Set,
+                &mut self.back.transpose,
             );
             if let Some(range) = w.base.grad_range(w.slots.head) {
                 let bf16 = head.bf16.is_some();
                 linear_dw(
-                    pool, &self.logits, &self.chunk, targets.len(), vocab, hidden, &mut grads.base[range], bf16,
+                    pool,
+                    &self.logits,
+                    &self.chunk,
+                    targets.len(),
+                    vocab,
+                    hidden,
+                    &mut grads.base[range],
+                    bf16,
                 );
             }
             for (target, d_row) in targets.iter().zip(self.d_chunk.chunks_exact(hidden)) {
@@ -233,7 +260,13 @@ impl Trainer {
 }
 
 /// Warps the rows of a chunk of logits; gives each row's statistics and its target's warped logit.
-fn warp_rows(pool: &Pool, logits: &mut [f32], vocab: usize, targets: &[Target], warp: &Warp) -> Vec<(RowStats, f32)> {
+fn warp_rows(
+    pool: &Pool,
+    logits: &mut [f32],
+    vocab: usize,
+    targets: &[Target],
+    warp: &Warp,
+) -> Vec<(RowStats, f32)> {
     pool.map_chunks(logits, vocab, |i, row| {
         let stats = warp_row(row, warp, &mut Vec::new());
         (stats, row[targets[i].token as usize])
@@ -241,7 +274,15 @@ fn warp_rows(pool: &Pool, logits: &mut [f32], vocab: usize, targets: &[Target], 
 }
 
 /// `dx +=` the gradient of an RMS norm, and its weight's gradient where it trains.
-fn norm_backward(pool: &Pool, w: &Weights, id: SlotId, x: &[f32], dy: &[f32], dx: &mut [f32], grads: &mut Grads) {
+fn norm_backward(
+    pool: &Pool,
+    w: &Weights,
+    id: SlotId,
+    x: &[f32],
+    dy: &[f32],
+    dx: &mut [f32],
+    grads: &mut Grads,
+) {
     let (eps, offset) = (w.spec.norm_eps, w.spec.norm_offset);
     let dw = w.base.grad_range(id).map(|range| &mut grads.base[range]);
     rms_norm_backward(pool, x, w.base.values(id), eps, offset, dy, dx, dw);

@@ -7,8 +7,8 @@
 //! Shapes: m rows (tokens of any mix of sequences), hidden h, q = heads * head_dim, f = ffn.
 
 use rft_kernels::{
-    PagedRun, Pool, QkNorm, Segment, Write, add_columns, add_rms_norm, gather_rows, glu, linear, paged_attention,
-    qk_rope, rms_norm, segment_attention, store_kv,
+    PagedRun, Pool, QkNorm, Segment, Write, add_columns, add_rms_norm, gather_rows, glu, linear,
+    paged_attention, qk_rope, rms_norm, segment_attention, store_kv,
 };
 
 use crate::model::params::SlotId;
@@ -84,7 +84,9 @@ impl<'a> Weights<'a> {
         logits.resize(m * head.n, 0.0);
         linear(pool, hidden, m, head, logits, Write::Set);
         if let Some(cap) = self.spec.final_softcap {
-            pool.map_chunks(logits, head.n, |_, row| row.iter_mut().for_each(|l| *l = cap * (*l / cap).tanh()));
+            pool.map_chunks(logits, head.n, |_, row| {
+                row.iter_mut().for_each(|l| *l = cap * (*l / cap).tanh())
+            });
         }
     }
 }
@@ -190,7 +192,14 @@ impl PagedModel for PagedDecoder<'_> {
                 v: &mut cache.v[layer],
             };
             layer_forward(
-                pool, w, layer, batch.positions, attend, &mut self.h, &mut self.acts, &mut self.scratch,
+                pool,
+                w,
+                layer,
+                batch.positions,
+                attend,
+                &mut self.h,
+                &mut self.acts,
+                &mut self.scratch,
             );
         }
         self.selected.clear();

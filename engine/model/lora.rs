@@ -84,7 +84,8 @@ impl Adapter {
                         continue;
                     }
                     let stem = format!("base_model.model.model.layers.{layer}.{name}");
-                    let part = |which: &str, rows| vec![Part { name: format!("{stem}.{which}.weight"), rows }];
+                    let part =
+                        |which: &str, rows| vec![Part { name: format!("{stem}.{which}.weight"), rows }];
                     sites.push(Site { a: layout.len(), b: layout.len() + 1, offset, n });
                     layout.push((Shape::Matrix { n: r, k }, part("lora_A", r)));
                     layout.push((Shape::Matrix { n, k: r }, part("lora_B", n)));
@@ -97,7 +98,8 @@ impl Adapter {
             let Shape::Matrix { n, k } = arena.slots()[site.a].shape else { unreachable!("A is a matrix") };
             let mut noise = Stream::new(seed, Purpose::Init, &[site.a as u64]);
             let bound = 1.0 / (k as f64).sqrt();
-            let rows: Vec<f32> = (0..n * k).map(|_| ((2.0 * noise.next_f64() - 1.0) * bound) as f32).collect();
+            let rows: Vec<f32> =
+                (0..n * k).map(|_| ((2.0 * noise.next_f64() - 1.0) * bound) as f32).collect();
             rft_kernels::pack_panels(&rows, n, k, arena.values_mut(site.a));
         }
         let rank = r as f32;

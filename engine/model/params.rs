@@ -234,7 +234,8 @@ impl Arena {
         assert_eq!(values.len(), self.trainable_len, "values must cover the trainable slots");
         for slot in self.slots.iter().filter(|s| s.trainable) {
             let len = slot.shape.stored_len();
-            self.data[slot.start..slot.start + len].copy_from_slice(&values[slot.grad_start..slot.grad_start + len]);
+            self.data[slot.start..slot.start + len]
+                .copy_from_slice(&values[slot.grad_start..slot.grad_start + len]);
         }
     }
 

@@ -76,7 +76,8 @@ pub struct RopeTable {
 impl RopeTable {
     fn new(inv_freq: &[f64], factor: f64, positions: usize) -> Self {
         let angle = |at: usize| inv_freq.iter().map(move |f| at as f64 * f);
-        let table = |f: fn(f64) -> f64| (0..positions).flat_map(angle).map(|a| (f(a) * factor) as f32).collect();
+        let table =
+            |f: fn(f64) -> f64| (0..positions).flat_map(angle).map(|a| (f(a) * factor) as f32).collect();
         Self { cos: table(f64::cos), sin: table(f64::sin), rot: inv_freq.len() * 2 }
     }
 
@@ -149,7 +150,10 @@ fn layout(spec: &ModelSpec) -> (Vec<(Shape, Vec<Part>)>, ModelSlots) {
             let mut norm = |name: &str, len| add(Shape::Vector(len), one(name, len));
             let attn_norm = norm("input_layernorm.weight", hidden);
             let qk_norm = spec.qk_norm.then(|| {
-                (norm("self_attn.q_norm.weight", spec.head_dim), norm("self_attn.k_norm.weight", spec.head_dim))
+                (
+                    norm("self_attn.q_norm.weight", spec.head_dim),
+                    norm("self_attn.k_norm.weight", spec.head_dim),
+                )
             });
             let (post_attn_norm, mlp_norm, post_mlp_norm) = if spec.sandwich_norms {
                 (
@@ -194,8 +198,11 @@ fn layout(spec: &ModelSpec) -> (Vec<(Shape, Vec<Part>)>, ModelSlots) {
         })
         .collect();
     let final_norm = add(Shape::Vector(hidden), vec![("model.norm.weight".into(), hidden)]);
-    let head =
-        if spec.tied { embed } else { add(matrix(spec.vocab, hidden), vec![("lm_head.weight".into(), spec.vocab)]) };
+    let head = if spec.tied {
+        embed
+    } else {
+        add(matrix(spec.vocab, hidden), vec![("lm_head.weight".into(), spec.vocab)])
+    };
     (slots, ModelSlots { embed, layers, final_norm, head })
 }
 
@@ -234,7 +241,8 @@ impl Policy {
             .iter()
             .flat_map(|l| [l.weight[Projection::O as usize], l.weight[Projection::Down as usize]])
             .collect();
-        let biases: Vec<SlotId> = policy.slots.layers.iter().flat_map(|l| l.bias.into_iter().flatten()).collect();
+        let biases: Vec<SlotId> =
+            policy.slots.layers.iter().flat_map(|l| l.bias.into_iter().flatten()).collect();
         for id in 0..policy.base.slots().len() {
             let std = width.sqrt().recip() * 0.5 * if into_residual.contains(&id) { residual } else { 1.0 };
             let mut noise = Stream::new(seed, Purpose::Init, &[id as u64]);
@@ -288,7 +296,14 @@ impl Policy {
     }
 
     fn view<'a>(&'a self, base: &'a Arena, adapter: Option<&'a Adapter>) -> Weights<'a> {
-        Weights { spec: &self.spec, slots: &self.slots, base, adapter, ropes: &self.ropes, positions: self.positions }
+        Weights {
+            spec: &self.spec,
+            slots: &self.slots,
+            base,
+            adapter,
+            ropes: &self.ropes,
+            positions: self.positions,
+        }
     }
 
     /// The arena that trains: the adapter's, or the base.

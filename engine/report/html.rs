@@ -24,14 +24,21 @@ summary{cursor:pointer}pre{white-space:pre-wrap;background:#f6f8fa;padding:.8rem
 pub fn write(root: &Path) -> Result<()> {
     let metrics = read_jsonl(&root.join("metrics.jsonl"))?;
     let samples = read_jsonl(&root.join("samples.jsonl"))?;
-    let text = |name: &str| std::fs::read_to_string(root.join(name)).map_err(EngineError::io(root.join(name)));
+    let text =
+        |name: &str| std::fs::read_to_string(root.join(name)).map_err(EngineError::io(root.join(name)));
     let recipe = text("recipe.toml")?;
-    let summary: Value = text("summary.json").ok().and_then(|t| serde_json::from_str(&t).ok()).unwrap_or_default();
+    let summary: Value =
+        text("summary.json").ok().and_then(|t| serde_json::from_str(&t).ok()).unwrap_or_default();
     let path = root.join("report.html");
     std::fs::write(&path, page(&metrics, &samples, &recipe, &summary)).map_err(EngineError::io(path))
 }
 
-fn page(metrics: &[Map<String, Value>], samples: &[Map<String, Value>], recipe: &str, summary: &Value) -> String {
+fn page(
+    metrics: &[Map<String, Value>],
+    samples: &[Map<String, Value>],
+    recipe: &str,
+    summary: &Value,
+) -> String {
     let mut html = format!(
         "<!doctype html><html lang=\"en\"><meta charset=\"utf-8\"><meta name=\"viewport\" content=\"width=device-width\">\
          <title>rft-engine run</title><style>{STYLE}</style><h1>rft-engine run</h1>"
@@ -44,13 +51,21 @@ fn page(metrics: &[Map<String, Value>], samples: &[Map<String, Value>], recipe: 
         html += "</table>";
     }
     html += "<h2>Curves</h2>";
-    let keys = metrics.first().map(|m| m.keys().filter(|k| *k != "step").cloned().collect()).unwrap_or_else(Vec::new);
+    let keys = metrics
+        .first()
+        .map(|m| m.keys().filter(|k| *k != "step").cloned().collect())
+        .unwrap_or_else(Vec::new);
     for key in &keys {
         let points: Vec<(f64, f64)> =
             metrics.iter().filter_map(|m| Some((m.get("step")?.as_f64()?, m.get(key)?.as_f64()?))).collect();
         html += &curve(key, &points);
     }
-    let _ = write!(html, "<h2>Samples</h2><p>The last {} of {}.", SHOWN_SAMPLES.min(samples.len()), samples.len());
+    let _ = write!(
+        html,
+        "<h2>Samples</h2><p>The last {} of {}.",
+        SHOWN_SAMPLES.min(samples.len()),
+        samples.len()
+    );
     for sample in samples.iter().rev().take(SHOWN_SAMPLES) {
         html += &sample_block(sample);
     }
@@ -63,7 +78,8 @@ fn curve(name: &str, points: &[(f64, f64)]) -> String {
     const H: f64 = 120.0;
     const PAD: f64 = 8.0;
     let range = |pick: fn(&(f64, f64)) -> f64| {
-        let (low, high) = points.iter().map(pick).fold((f64::MAX, f64::MIN), |(l, h), v| (l.min(v), h.max(v)));
+        let (low, high) =
+            points.iter().map(pick).fold((f64::MAX, f64::MIN), |(l, h), v| (l.min(v), h.max(v)));
         if high > low { (low, high) } else { (low - 0.5, low + 0.5) }
     };
     let Some(last) = points.last() else { return String::new() };
@@ -89,7 +105,9 @@ fn curve(name: &str, points: &[(f64, f64)]) -> String {
 fn sample_block(sample: &Map<String, Value>) -> String {
     let field = |key: &str| sample.get(key).map(short).unwrap_or_default();
     let errors = match sample.get("errors") {
-        Some(Value::Array(list)) if !list.is_empty() => format!("<p>errors: {}", escape(&short(&sample["errors"]))),
+        Some(Value::Array(list)) if !list.is_empty() => {
+            format!("<p>errors: {}", escape(&short(&sample["errors"])))
+        }
         _ => String::new(),
     };
     format!(
@@ -147,8 +165,11 @@ mod tests {
             Value::Object(map) => map,
             _ => unreachable!("an object literal"),
         };
-        let metrics = [(1, 0.1), (2, 0.4)].map(|(s, r)| object(serde_json::json!({"step": s, "reward_mean": r})));
-        let samples = [object(serde_json::json!({"step": 1, "id": "a", "completion": "<script>x</script>", "reward": 0.5}))];
+        let metrics =
+            [(1, 0.1), (2, 0.4)].map(|(s, r)| object(serde_json::json!({"step": s, "reward_mean": r})));
+        let samples = [object(
+            serde_json::json!({"step": 1, "id": "a", "completion": "<script>x</script>", "reward": 0.5}),
+        )];
         let html = page(&metrics, &samples, "seed = 1 # <b>", &Value::Null);
         assert!(html.contains("reward_mean: last 0.4000"));
         assert!(html.contains("&lt;script&gt;") && !html.contains("<script>") && !html.contains("<b>"));

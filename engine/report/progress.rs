@@ -20,7 +20,7 @@ pub struct Progress {
 /// A completion to show at the end.
 #[derive(Debug, Clone)]
 pub struct Example {
-    /// The prompt's last line.
+    /// The prompt.
     pub prompt: String,
     /// The completion.
     pub completion: String,
@@ -48,7 +48,8 @@ impl Progress {
 
     /// One step of reinforcement.
     pub fn grpo_step(&mut self, m: &StepMetrics) {
-        let components: String = m.components.iter().map(|(name, mean)| format!("  {name} {mean:.2}")).collect();
+        let components: String =
+            m.components.iter().map(|(name, mean)| format!("  {name} {mean:.2}")).collect();
         let eval = m.eval_reward.map_or(String::new(), |r| format!("  held-out {r:.3}"));
         let text = format!(
             "reward {:.3}{components}  kl {:.4}  entropy {:.2}  {:.0} tok/s rollout  {:.0} tok/s learner{eval}",
@@ -117,10 +118,16 @@ pub fn examples(examples: &[Example]) -> String {
         let parts: Vec<String> = example
             .components
             .iter()
-            .map(|(name, value)| format!("{name} {}", value.map_or("abstained".into(), |v| format!("{v:.2}"))))
+            .map(|(name, value)| {
+                format!("{name} {}", value.map_or("abstained".into(), |v| format!("{v:.2}")))
+            })
             .collect();
-        let prompt = example.prompt.trim().lines().last().unwrap_or_default();
-        text += &format!("  {prompt}\n    {}\n    reward {reward} = {}\n", one_line(&example.completion), parts.join(", "));
+        let prompt = one_line(&example.prompt);
+        text += &format!(
+            "  {prompt}\n    {}\n    reward {reward} = {}\n",
+            one_line(&example.completion),
+            parts.join(", ")
+        );
     }
     text
 }

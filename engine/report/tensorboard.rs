@@ -26,7 +26,8 @@ impl EventWriter {
     /// A file that cannot be written.
     pub fn create(folder: &Path) -> Result<Self> {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let path = folder.join(format!("events.out.tfevents.{}.{:09}.rft", now.as_secs(), now.subsec_nanos()));
+        let path =
+            folder.join(format!("events.out.tfevents.{}.{:09}.rft", now.as_secs(), now.subsec_nanos()));
         let file = File::create(&path).map_err(EngineError::io(&path))?;
         let mut writer = Self { file, path };
         let mut event = wall_time();

@@ -124,7 +124,12 @@ impl RolloutEngine {
             let runs: Vec<PagedRun> = plan
                 .runs
                 .iter()
-                .map(|r| PagedRun { row: r.row, rows: r.rows, first_pos: r.first_pos, table: scheduler.table(r.owner) })
+                .map(|r| PagedRun {
+                    row: r.row,
+                    rows: r.rows,
+                    first_pos: r.first_pos,
+                    table: scheduler.table(r.owner),
+                })
                 .collect();
             let batch = PagedBatch {
                 tokens: &plan.tokens,
@@ -146,7 +151,9 @@ impl RolloutEngine {
                 };
                 for (i, token) in drawn.iter().enumerate() {
                     stats.decoded_tokens += 1;
-                    if accept(&mut scheduler, g, first + i, *token, sampling)? && scheduler.finished(g, first + i) {
+                    if accept(&mut scheduler, g, first + i, *token, sampling)?
+                        && scheduler.finished(g, first + i)
+                    {
                         on_group(g, take_group(&mut scheduler, g, key.version))?;
                     }
                 }
@@ -162,7 +169,10 @@ impl RolloutEngine {
 
 fn check_fits(prompt: &Prompt, sampling: &SamplingConfig, max_positions: usize) -> Result<()> {
     if prompt.tokens.is_empty() {
-        return Err(EngineError::Config(format!("prompt {} is empty: there is nothing to condition on", prompt.id)));
+        return Err(EngineError::Config(format!(
+            "prompt {} is empty: there is nothing to condition on",
+            prompt.id
+        )));
     }
     let longest = prompt.tokens.len() + sampling.max_new_tokens;
     if longest > max_positions {
@@ -192,7 +202,13 @@ fn draw_keys(scheduler: &Scheduler, owner: Owner, key: RolloutKey) -> Vec<(Strea
 }
 
 /// Appends a drawn token; true when it ends the sample.
-fn accept(scheduler: &mut Scheduler, g: usize, s: usize, drawn: Drawn, sampling: &SamplingConfig) -> Result<bool> {
+fn accept(
+    scheduler: &mut Scheduler,
+    g: usize,
+    s: usize,
+    drawn: Drawn,
+    sampling: &SamplingConfig,
+) -> Result<bool> {
     let group = &mut scheduler.groups[g];
     if !drawn.logprob.is_finite() {
         return Err(EngineError::Numeric(format!(

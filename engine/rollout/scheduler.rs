@@ -241,9 +241,10 @@ impl<'a> Scheduler<'a> {
     }
 
     fn anything_held(&self, except: usize) -> bool {
-        self.groups[self.first_active..].iter().enumerate().any(|(i, g)| {
-            i + self.first_active != except && matches!(g.phase, Phase::Prefill | Phase::Ready)
-        })
+        self.groups[self.first_active..]
+            .iter()
+            .enumerate()
+            .any(|(i, g)| i + self.first_active != except && matches!(g.phase, Phase::Prefill | Phase::Ready))
     }
 
     /// Adds the owner's next rows; a sample one token behind always gets its row, the rest shares `prefill_room`.

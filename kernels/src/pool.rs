@@ -110,7 +110,11 @@ impl Pool {
         width: usize,
         f: impl Fn(usize, &mut [T]) -> R + Sync,
     ) -> Vec<R> {
-        assert!(width > 0 && data.len().is_multiple_of(width), "{} elements in chunks of {width}", data.len());
+        assert!(
+            width > 0 && data.len().is_multiple_of(width),
+            "{} elements in chunks of {width}",
+            data.len()
+        );
         let items = data.len() / width;
         let mut results: Vec<Option<R>> = (0..items).map(|_| None).collect();
         let (chunks, slots) = (Shared::new(data), Shared::new(&mut results));

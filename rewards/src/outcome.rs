@@ -4,7 +4,12 @@ use crate::returned::{Component, DenseSpan, Returned};
 use crate::types::{ErrorKind, OnError, Outcome, RewardError, RewardSpec, Sample};
 
 /// Adds one script's answer for a sample.
-pub(crate) fn add(outcome: &mut Outcome, spec: &RewardSpec, sample: &Sample, answer: Result<Returned, RewardError>) {
+pub(crate) fn add(
+    outcome: &mut Outcome,
+    spec: &RewardSpec,
+    sample: &Sample,
+    answer: Result<Returned, RewardError>,
+) {
     let name = spec.script.name();
     match answer {
         Ok(Returned::Abstain) => outcome.components.push((name.to_string(), None)),
@@ -34,7 +39,13 @@ fn fail(outcome: &mut Outcome, spec: &RewardSpec, error: RewardError) {
     }
 }
 
-fn component_value(outcome: &mut Outcome, spec: &RewardSpec, sample: &Sample, name: &str, component: &Component) {
+fn component_value(
+    outcome: &mut Outcome,
+    spec: &RewardSpec,
+    sample: &Sample,
+    name: &str,
+    component: &Component,
+) {
     if outcome.components.iter().any(|(n, _)| n == name) {
         let message = format!("component `{name}` is already given by another script; rename one of them");
         return fail(outcome, spec, spec.script.error(ErrorKind::WrongType, message, None));

@@ -48,7 +48,10 @@ pub(crate) fn read_reward(value: Value) -> Result<Returned, Wrong> {
 
 pub(crate) fn read_group(value: Value, samples: usize) -> Result<Vec<Result<Returned, Wrong>>, LuaError> {
     let Value::Table(table) = value else {
-        return Err(LuaError::runtime(format!("reward_group must return a list of {samples} rewards, it returned {}", value.type_name())));
+        return Err(LuaError::runtime(format!(
+            "reward_group must return a list of {samples} rewards, it returned {}",
+            value.type_name()
+        )));
     };
     (1..=samples).map(|i| table.raw_get::<Value>(i).map(read_reward)).collect()
 }
@@ -61,7 +64,12 @@ fn number(value: &Value, what: &str) -> Result<f64, Wrong> {
     let number = match value {
         Value::Integer(n) => *n as f64,
         Value::Number(n) => *n,
-        other => return Err((ErrorKind::WrongType, format!("{what} must be a number, a table of components or nil, not {}", other.type_name()))),
+        other => {
+            return Err((
+                ErrorKind::WrongType,
+                format!("{what} must be a number, a table of components or nil, not {}", other.type_name()),
+            ));
+        }
     };
     if !number.is_finite() {
         return Err((ErrorKind::NotFinite, format!("{what} is {number}")));
@@ -75,9 +83,16 @@ fn read_table(table: &Table) -> Result<Result<Returned, Wrong>, LuaError> {
     for pair in table.pairs::<Value, Value>() {
         let (key, value) = pair?;
         match key {
-            Value::String(name) if named.len() < MAX_COMPONENTS => named.push((name.to_string_lossy(), value)),
+            Value::String(name) if named.len() < MAX_COMPONENTS => {
+                named.push((name.to_string_lossy(), value))
+            }
             Value::Integer(_) | Value::Number(_) if list.len() < MAX_SPANS => list.push(value),
-            _ => return Ok(Err((ErrorKind::WrongType, format!("a reward has at most {MAX_COMPONENTS} components with string names")))),
+            _ => {
+                return Ok(Err((
+                    ErrorKind::WrongType,
+                    format!("a reward has at most {MAX_COMPONENTS} components with string names"),
+                )));
+            }
         }
     }
     if named.is_empty() && list.is_empty() {
@@ -125,7 +140,10 @@ fn read_spans(values: Vec<Value>) -> Result<Result<Component, Wrong>, LuaError> 
             }
         }
         if !(part[0] >= 1.0 && part[1] >= part[0] && part[1] <= f64::from(u32::MAX)) {
-            return Ok(Err((ErrorKind::WrongType, format!("a span needs 1 <= from <= to, got {} to {}", part[0], part[1]))));
+            return Ok(Err((
+                ErrorKind::WrongType,
+                format!("a span needs 1 <= from <= to, got {} to {}", part[0], part[1]),
+            )));
         }
         spans.push(DenseSpan { from: part[0] as u32, to: part[1] as u32, value: part[2] });
     }

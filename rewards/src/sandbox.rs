@@ -10,7 +10,10 @@ use std::rc::Rc;
 
 use mlua::chunk::ChunkMode;
 use mlua::serde::SerializeOptions;
-use mlua::{Error as LuaError, Function, Lua, LuaOptions, LuaSerdeExt, MultiValue, StdLib, Table, Value, Variadic, VmState};
+use mlua::{
+    Error as LuaError, Function, Lua, LuaOptions, LuaSerdeExt, MultiValue, StdLib, Table, Value, Variadic,
+    VmState,
+};
 
 use crate::budget::{Budget, random_key};
 use crate::host;
@@ -22,7 +25,8 @@ use crate::types::{Context, ErrorKind, Limits, RewardError, Sample};
 pub(crate) type Answers = Vec<Result<Returned, RewardError>>;
 
 /// Globals of the base library that would let a script load code, read others' environments or stop the collector.
-const FORBIDDEN: [&str; 7] = ["collectgarbage", "getfenv", "setfenv", "loadstring", "load", "require", "newproxy"];
+const FORBIDDEN: [&str; 7] =
+    ["collectgarbage", "getfenv", "setfenv", "loadstring", "load", "require", "newproxy"];
 
 /// A script ready to be called.
 pub(crate) struct Sandbox {
@@ -51,7 +55,11 @@ pub(crate) fn check(script: &Script) -> Result<(), RewardError> {
 }
 
 impl Sandbox {
-    pub(crate) fn new(script: Script, limits: Limits, options: serde_json::Map<String, serde_json::Value>) -> Self {
+    pub(crate) fn new(
+        script: Script,
+        limits: Limits,
+        options: serde_json::Map<String, serde_json::Value>,
+    ) -> Self {
         Self { script, limits, options, vm: RefCell::new(None) }
     }
 
@@ -95,12 +103,17 @@ impl Sandbox {
     }
 
     /// Runs `call` within the limits; its failure becomes a [`RewardError`], and a tripped VM is dropped.
-    fn with_vm<T>(&self, random: u64, call: impl FnOnce(&Vm) -> Result<T, LuaError>) -> Result<T, RewardError> {
+    fn with_vm<T>(
+        &self,
+        random: u64,
+        call: impl FnOnce(&Vm) -> Result<T, LuaError>,
+    ) -> Result<T, RewardError> {
         let mut slot = self.vm.borrow_mut();
         let vm = match slot.take() {
             Some(vm) => vm,
-            None => Vm::new(&self.limits)
-                .map_err(|e| self.script.error(ErrorKind::Runtime, format!("the sandbox did not start: {e}"), None))?,
+            None => Vm::new(&self.limits).map_err(|e| {
+                self.script.error(ErrorKind::Runtime, format!("the sandbox did not start: {e}"), None)
+            })?,
         };
         vm.budget.start(&self.limits, random);
         let result = call(&vm);
@@ -110,9 +123,12 @@ impl Sandbox {
                 Ok(value)
             }
             (result, Some(kind)) => {
-                let line = vm.budget.line().or_else(|| result.err().and_then(|e| line_of(&e, self.script.name())));
+                let line =
+                    vm.budget.line().or_else(|| result.err().and_then(|e| line_of(&e, self.script.name())));
                 let message = match kind {
-                    ErrorKind::Instructions => format!("more than {} calls and loop turns", vm.budget.steps()),
+                    ErrorKind::Instructions => {
+                        format!("more than {} calls and loop turns", vm.budget.steps())
+                    }
                     _ => format!("longer than {} ms", self.limits.time_ms),
                 };
                 Err(self.script.error(kind, message, line))
@@ -178,7 +194,8 @@ fn line_of(error: &LuaError, name: &str) -> Option<u32> {
 
 impl Vm {
     fn new(limits: &Limits) -> Result<Self, LuaError> {
-        let libs = StdLib::MATH | StdLib::STRING | StdLib::TABLE | StdLib::UTF8 | StdLib::BIT | StdLib::BUFFER;
+        let libs =
+            StdLib::MATH | StdLib::STRING | StdLib::TABLE | StdLib::UTF8 | StdLib::BIT | StdLib::BUFFER;
         let lua = Lua::new_with(libs, LuaOptions::new().catch_rust_panics(true))?;
         let budget = Rc::new(Budget::new());
         let globals = lua.globals();

@@ -40,7 +40,10 @@ pub struct Script {
 
 impl fmt::Debug for Script {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Script").field("name", &self.name).field("source", &self.source).finish_non_exhaustive()
+        f.debug_struct("Script")
+            .field("name", &self.name)
+            .field("source", &self.source)
+            .finish_non_exhaustive()
     }
 }
 
@@ -172,7 +175,12 @@ impl Script {
         &self.bytecode
     }
 
-    pub(crate) fn error(&self, kind: ErrorKind, message: impl Into<String>, line: Option<u32>) -> RewardError {
+    pub(crate) fn error(
+        &self,
+        kind: ErrorKind,
+        message: impl Into<String>,
+        line: Option<u32>,
+    ) -> RewardError {
         let source_line = line.and_then(|line| self.line(line)).map(|text| text.trim_end().to_owned());
         RewardError { script: self.name.to_string(), kind, message: message.into(), line, source_line }
     }
@@ -207,7 +215,8 @@ fn syntax_error(path: &str, text: &str, error: &LuaError) -> ScriptError {
 }
 
 fn nearest(spec: &str) -> Option<&'static str> {
-    let distance = |name: &str| crate::host::text::edit_distance(&spec.to_lowercase(), name).unwrap_or(usize::MAX);
+    let distance =
+        |name: &str| crate::host::text::edit_distance(&spec.to_lowercase(), name).unwrap_or(usize::MAX);
     SHIPPED
         .iter()
         .map(|(name, _)| (distance(name), *name))

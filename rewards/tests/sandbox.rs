@@ -26,19 +26,37 @@ const HOSTILE: &[(&str, &[ErrorKind])] = &[
     ("while true do end", &[ErrorKind::Timeout, ErrorKind::Instructions]),
     ("repeat local x = 1 until false", &[ErrorKind::Timeout, ErrorKind::Instructions]),
     ("for i = 1, math.huge do end", &[ErrorKind::Timeout, ErrorKind::Instructions]),
-    ("while true do pcall(function() while true do end end) end", &[ErrorKind::Timeout, ErrorKind::Instructions]),
+    (
+        "while true do pcall(function() while true do end end) end",
+        &[ErrorKind::Timeout, ErrorKind::Instructions],
+    ),
     ("pcall(function() while true do end end) return 1", &[ErrorKind::Timeout, ErrorKind::Instructions]),
     ("while true do pcall(error, 'x') end", &[ErrorKind::Timeout, ErrorKind::Instructions]),
-    ("local function f() return f() end return f()", &[ErrorKind::Timeout, ErrorKind::Instructions, ErrorKind::Runtime]),
-    ("local function f() return 1 + f() end return f()", &[ErrorKind::Runtime, ErrorKind::Instructions, ErrorKind::Memory]),
-    ("string.find(string.rep('a', 5000), string.rep('a?', 5000) .. string.rep('a', 5000))", &[ErrorKind::Timeout, ErrorKind::Instructions, ErrorKind::Runtime]),
-    ("string.match(string.rep('x', 200000), '.-.-.-.-.-.-y')", &[ErrorKind::Timeout, ErrorKind::Instructions, ErrorKind::Runtime]),
+    (
+        "local function f() return f() end return f()",
+        &[ErrorKind::Timeout, ErrorKind::Instructions, ErrorKind::Runtime],
+    ),
+    (
+        "local function f() return 1 + f() end return f()",
+        &[ErrorKind::Runtime, ErrorKind::Instructions, ErrorKind::Memory],
+    ),
+    (
+        "string.find(string.rep('a', 5000), string.rep('a?', 5000) .. string.rep('a', 5000))",
+        &[ErrorKind::Timeout, ErrorKind::Instructions, ErrorKind::Runtime],
+    ),
+    (
+        "string.match(string.rep('x', 200000), '.-.-.-.-.-.-y')",
+        &[ErrorKind::Timeout, ErrorKind::Instructions, ErrorKind::Runtime],
+    ),
     ("local t = {} while true do t[#t + 1] = string.rep('x', 1000) .. #t end", &[ErrorKind::Memory]),
     ("local s = 'x' while true do s = s .. s end", &[ErrorKind::Memory, ErrorKind::Runtime]),
     ("return string.rep('x', 1e9)", &[ErrorKind::Memory, ErrorKind::Runtime]),
     ("local t = table.create(1e8, 0) return #t", &[ErrorKind::Memory, ErrorKind::Runtime]),
     ("local b = buffer.create(1e9) return 1", &[ErrorKind::Memory, ErrorKind::Runtime]),
-    ("pcall(function() local t = {} while true do t[#t + 1] = string.rep('x', 1000) .. #t end end) return 0 / 0", &[ErrorKind::Memory, ErrorKind::NotFinite]),
+    (
+        "pcall(function() local t = {} while true do t[#t + 1] = string.rep('x', 1000) .. #t end end) return 0 / 0",
+        &[ErrorKind::Memory, ErrorKind::NotFinite],
+    ),
     ("return 0 / 0", &[ErrorKind::NotFinite]),
     ("return math.huge", &[ErrorKind::NotFinite]),
     ("return { a = -math.huge }", &[ErrorKind::NotFinite]),
@@ -57,7 +75,10 @@ const HOSTILE: &[(&str, &[ErrorKind])] = &[
     ("error('plain')", &[ErrorKind::Runtime]),
     ("error({ code = 1 })", &[ErrorKind::Runtime]),
     ("error(nil)", &[ErrorKind::Runtime]),
-    ("error(setmetatable({}, { __tostring = function() while true do end end }))", &[ErrorKind::Runtime, ErrorKind::Timeout, ErrorKind::Instructions]),
+    (
+        "error(setmetatable({}, { __tostring = function() while true do end end }))",
+        &[ErrorKind::Runtime, ErrorKind::Timeout, ErrorKind::Instructions],
+    ),
     ("return sample.missing.field", &[ErrorKind::Runtime]),
     ("return sample.completion + 1", &[ErrorKind::Runtime]),
     ("return os.execute('true')", &[ErrorKind::Runtime]),
@@ -80,11 +101,23 @@ const HOSTILE: &[(&str, &[ErrorKind])] = &[
     ("return rft.math.equal(1)", &[ErrorKind::Runtime]),
     ("local t = {} t.t = t return rft.json.encode(t)", &[ErrorKind::Runtime]),
     ("return math.random(2, 1)", &[ErrorKind::Runtime]),
-    ("local c = coroutine.wrap(function() while true do coroutine.yield() end end) while true do c() end", &[ErrorKind::Runtime, ErrorKind::Timeout, ErrorKind::Instructions]),
-    ("table.sort({ 3, 2, 1 }, function() while true do end end)", &[ErrorKind::Timeout, ErrorKind::Instructions]),
-    ("string.gsub(string.rep('a', 1e6), '.', function() while true do end end)", &[ErrorKind::Timeout, ErrorKind::Instructions]),
+    (
+        "local c = coroutine.wrap(function() while true do coroutine.yield() end end) while true do c() end",
+        &[ErrorKind::Runtime, ErrorKind::Timeout, ErrorKind::Instructions],
+    ),
+    (
+        "table.sort({ 3, 2, 1 }, function() while true do end end)",
+        &[ErrorKind::Timeout, ErrorKind::Instructions],
+    ),
+    (
+        "string.gsub(string.rep('a', 1e6), '.', function() while true do end end)",
+        &[ErrorKind::Timeout, ErrorKind::Instructions],
+    ),
     ("string.format('%99999d', 1)", &[ErrorKind::Runtime]),
-    ("return table.concat(table.create(1e6, string.rep('x', 100)))", &[ErrorKind::Memory, ErrorKind::Runtime]),
+    (
+        "return table.concat(table.create(1e6, string.rep('x', 100)))",
+        &[ErrorKind::Memory, ErrorKind::Runtime],
+    ),
     ("return select('#', table.unpack(table.create(1e6, 1)))", &[ErrorKind::Runtime, ErrorKind::Memory]),
 ];
 
@@ -93,7 +126,9 @@ fn every_hostile_script_becomes_data_and_the_next_sample_is_scored() {
     assert!(HOSTILE.len() >= 60, "{}", HOSTILE.len());
     let mut contained = 0;
     for (body, kinds) in HOSTILE {
-        let script = format!("function reward(sample, ctx)\n  if sample.completion == 'bad' then\n    {body}\n  end\n  return #sample.completion\nend\n");
+        let script = format!(
+            "function reward(sample, ctx)\n  if sample.completion == 'bad' then\n    {body}\n  end\n  return #sample.completion\nend\n"
+        );
         let start = Instant::now();
         let outcomes = score(&script, &["abc", "bad", "abcd"], 1);
         assert!(start.elapsed() < Duration::from_secs(3), "{body}: {:?}", start.elapsed());
@@ -108,7 +143,8 @@ fn every_hostile_script_becomes_data_and_the_next_sample_is_scored() {
 
 #[test]
 fn an_error_names_the_line() {
-    let outcomes = score("function reward(sample)\n  local x = 1\n  return sample.missing.field\nend", &["x"], 1);
+    let outcomes =
+        score("function reward(sample)\n  local x = 1\n  return sample.missing.field\nend", &["x"], 1);
     let error = &outcomes[0].errors[0];
     assert_eq!((error.line, error.script.as_str()), (Some(3), "mine"), "{error:?}");
     assert!(error.to_string().contains("sample.missing.field"), "{error}");
@@ -133,16 +169,28 @@ fn random_numbers_depend_on_the_sample_alone() {
 
 #[test]
 fn components_abstention_groups_and_dense_spans() {
-    let outcomes = score("function reward(s) if s.completion == 'x' then return nil end return { long = #s.completion, b = 0.5 } end", &["x", "abc"], 1);
+    let outcomes = score(
+        "function reward(s) if s.completion == 'x' then return nil end return { long = #s.completion, b = 0.5 } end",
+        &["x", "abc"],
+        1,
+    );
     assert_eq!((outcomes[0].reward, &outcomes[0].components), (None, &vec![("mine".to_string(), None)]));
     assert_eq!(outcomes[1].reward, Some(3.5));
     assert_eq!(outcomes[1].components, [("b".to_string(), Some(0.5)), ("long".to_string(), Some(3.0))]);
 
-    let group = score("function reward_group(samples, ctx) local out = {} for i in samples do out[i] = i == 2 and 0/0 or ctx.step * #samples end return out end", &["a", "b", "c"], 2);
+    let group = score(
+        "function reward_group(samples, ctx) local out = {} for i in samples do out[i] = i == 2 and 0/0 or ctx.step * #samples end return out end",
+        &["a", "b", "c"],
+        2,
+    );
     assert_eq!((group[0].reward, group[1].reward, group[2].reward), (Some(6.0), None, Some(6.0)));
     assert_eq!(group[1].errors[0].kind, ErrorKind::NotFinite);
 
-    let dense = score("function reward(s) local a, b = string.find(s.completion, 'bc') return { { from = a, to = b, value = 2 } } end", &["abcd"], 1);
+    let dense = score(
+        "function reward(s) local a, b = string.find(s.completion, 'bc') return { { from = a, to = b, value = 2 } } end",
+        &["abcd"],
+        1,
+    );
     assert_eq!((dense[0].reward, &dense[0].token_rewards), (Some(2.0), &vec![0.0, 0.0, 2.0, 0.0]));
 }
 

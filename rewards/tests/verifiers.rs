@@ -14,7 +14,9 @@ fn every_shipped_verifier_passes_its_cases() {
         let pool = RewardPool::new(vec![RewardSpec::new(resolve(name).unwrap())], 1).unwrap();
         let mut cases = 0;
         for line in text.lines() {
-            let Value::Object(mut row) = serde_json::from_str(line).unwrap() else { panic!("{name}: {line}") };
+            let Value::Object(mut row) = serde_json::from_str(line).unwrap() else {
+                panic!("{name}: {line}")
+            };
             let expected = row.remove("expect").unwrap();
             let completion = row["completion"].as_str().unwrap().to_string();
             let sample = Sample { completion, fields: Arc::new(row), ..Sample::default() };
@@ -22,7 +24,9 @@ fn every_shipped_verifier_passes_its_cases() {
             let outcome = pool.recv().1.remove(0);
             assert!(outcome.errors.is_empty(), "{name}: {line}: {:?}", outcome.errors);
             match (outcome.reward, expected.as_f64()) {
-                (Some(found), Some(expected)) => assert!((found - expected).abs() < 1e-9, "{name}: {line}: {found}"),
+                (Some(found), Some(expected)) => {
+                    assert!((found - expected).abs() < 1e-9, "{name}: {line}: {found}")
+                }
                 (found, expected) => assert_eq!(found, expected, "{name}: {line}"),
             }
             cases += 1;

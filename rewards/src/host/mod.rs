@@ -27,7 +27,8 @@ pub(crate) fn library(lua: &Lua, budget: &Rc<Budget>) -> Result<Table, LuaError>
     rft.set(
         "edit_distance",
         lua.create_function(|_, (a, b): (String, String)| {
-            text::edit_distance(&a, &b).ok_or_else(|| LuaError::runtime("rft.edit_distance: the texts are too long"))
+            text::edit_distance(&a, &b)
+                .ok_or_else(|| LuaError::runtime("rft.edit_distance: the texts are too long"))
         })?,
     )?;
     rft.set_readonly(true);
@@ -44,10 +45,11 @@ fn group(lua: &Lua, functions: Vec<(&str, mlua::Function)>) -> Result<Table, Lua
 }
 
 fn json(lua: &Lua) -> Result<Table, LuaError> {
-    let decode = lua.create_function(|lua, text: String| match serde_json::from_str::<serde_json::Value>(&text) {
-        Ok(value) => Ok((lua.to_value(&value)?, Value::Nil)),
-        Err(error) => Ok((Value::Nil, Value::String(lua.create_string(error.to_string())?))),
-    })?;
+    let decode =
+        lua.create_function(|lua, text: String| match serde_json::from_str::<serde_json::Value>(&text) {
+            Ok(value) => Ok((lua.to_value(&value)?, Value::Nil)),
+            Err(error) => Ok((Value::Nil, Value::String(lua.create_string(error.to_string())?))),
+        })?;
     let encode = lua.create_function(|lua, value: Value| {
         let value: serde_json::Value = lua.from_value(value)?;
         Ok(value.to_string())
@@ -102,7 +104,12 @@ fn math(lua: &Lua) -> Result<Table, LuaError> {
 fn boxes(lua: &Lua) -> Result<Table, LuaError> {
     let iou = lua.create_function(|_, (a, b): (Vec<f64>, Vec<f64>)| {
         let corners = |name: &str, v: Vec<f64>| -> Result<[f64; 4], LuaError> {
-            v.try_into().map_err(|v: Vec<f64>| LuaError::runtime(format!("rft.boxes.iou: {name} must be {{x1, y1, x2, y2}}, got {} numbers", v.len())))
+            v.try_into().map_err(|v: Vec<f64>| {
+                LuaError::runtime(format!(
+                    "rft.boxes.iou: {name} must be {{x1, y1, x2, y2}}, got {} numbers",
+                    v.len()
+                ))
+            })
         };
         let (a, b) = (corners("the first box", a)?, corners("the second box", b)?);
         // an inverted or empty box overlaps nothing
@@ -113,7 +120,8 @@ fn boxes(lua: &Lua) -> Result<Table, LuaError> {
 
 fn tools(lua: &Lua) -> Result<Table, LuaError> {
     let parse = lua.create_function(|lua, text: String| {
-        let (_, parsed) = tools::parse_any(&text).map_err(|e| LuaError::runtime(format!("rft.tools.parse: {e}")))?;
+        let (_, parsed) =
+            tools::parse_any(&text).map_err(|e| LuaError::runtime(format!("rft.tools.parse: {e}")))?;
         let calls = lua.create_table()?;
         for call in &parsed.calls {
             let entry = lua.create_table()?;
