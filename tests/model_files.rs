@@ -84,6 +84,36 @@ fn parity_configs_of_both_layouts_give_one_spec() {
 }
 
 #[test]
+fn parity_rotary_frequencies() {
+    let path = fixtures().join("rope/cases.json");
+    let path = if path.exists() { path } else { own_fixtures().join("rope/cases.json") };
+    let mut agree = 0;
+    for case in read_json(&path)["cases"].as_array().unwrap() {
+        let spec = ModelSpec::from_config_json(&case["config"]).unwrap();
+        for (positions, wanted) in case["positions"].as_object().unwrap() {
+            let wanted = wanted.as_array().unwrap();
+            assert_eq!(spec.ropes.len(), wanted.len(), "{}", case["config"]);
+            for (rope, want) in spec.ropes.iter().zip(wanted) {
+                let (frequencies, factor) = rope.inv_freq(positions.parse().unwrap());
+                let want_frequencies: Vec<f64> =
+                    want["inv_freq"].as_array().unwrap().iter().map(|f| f.as_f64().unwrap()).collect();
+                assert_eq!(frequencies.len(), want_frequencies.len(), "{}", case["config"]);
+                let close = |(a, b): (&f64, &f64)| (a / b - 1.0).abs() < 1e-6;
+                assert!(
+                    frequencies.iter().zip(&want_frequencies).all(close),
+                    "{} at {positions}: {frequencies:?} for {want_frequencies:?}",
+                    case["config"]
+                );
+                assert!((factor - want["attention_factor"].as_f64().unwrap()).abs() < 1e-9);
+                agree += 1;
+            }
+        }
+    }
+    println!("rotary embeddings: {agree} of {agree} agree");
+    assert!(agree > 0);
+}
+
+#[test]
 fn parity_tensors_are_those_of_the_files() {
     let (mut folders, mut tensors) = (0, 0);
     for folder in decoders() {
