@@ -14,6 +14,8 @@ pub(crate) trait Simd: Copy {
     type V: Copy;
     /// Most rows of a 32-column GEMM tile that fit into the registers.
     const TILE_ROWS: usize;
+    /// Whether 28 vectors fit into the registers.
+    const MANY_REGISTERS: bool;
 
     fn splat(x: f32) -> Self::V;
     /// # Safety
@@ -161,6 +163,7 @@ macro_rules! lanewise {
 impl Simd for Portable {
     type V = [f32; LANES];
     const TILE_ROWS: usize = 2;
+    const MANY_REGISTERS: bool = false;
 
     #[inline(always)]
     fn splat(x: f32) -> Self::V {
@@ -277,6 +280,7 @@ mod x86 {
     impl Simd for Avx512 {
         type V = __m512;
         const TILE_ROWS: usize = 12;
+        const MANY_REGISTERS: bool = true;
 
         #[inline(always)]
         fn splat(x: f32) -> __m512 {
@@ -436,6 +440,7 @@ mod x86 {
     impl Simd for Avx2 {
         type V = Pair;
         const TILE_ROWS: usize = 3;
+        const MANY_REGISTERS: bool = false;
 
         #[inline(always)]
         fn splat(x: f32) -> Pair {

@@ -4,10 +4,10 @@ use std::cell::RefCell;
 use std::collections::HashMap;
 
 use super::AttnShape;
-use super::core::{KeyTile, Query, Scratch, attend};
+use super::core::{KeyTile, Query, attend};
 use crate::pool::Pool;
 use crate::shared::Shared;
-use crate::simd::LANES;
+use crate::simd::{LANES, simd_fn};
 
 /// Consecutive rows of the batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -37,7 +37,7 @@ impl Segment {
 const ROWS: usize = 16;
 
 thread_local! {
-    static SCRATCH: RefCell<Scratch> = RefCell::default();
+    static SCORES: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
 /// out[rows, heads·d] = attention within the segments of fused rows `qkv`; the same bits as [`super::paged_attention`] gives for
@@ -68,10 +68,16 @@ pub fn segment_attention(pool: &Pool, shape: &AttnShape, qkv: &[f32], segs: &[Se
                 // SAFETY: each (row, head) belongs to one item.
                 let out = unsafe { out.part((seg.rows.row + i) * shape.heads * d + head * d, d) };
                 let q = &qkv[(seg.rows.row + i) * stride + head * d..][..d];
-                queries.push(Query { q, out, from: shape.first_seen(position), to: position + 1 });
+                queries.push(Query {
+                    q,
+                    out,
+                    from: shape.first_seen(position),
+                    to: position + 1,
+                    tiles: &tiles,
+                });
             }
         }
-        SCRATCH.with_borrow_mut(|scratch| attend(shape, &tiles, &mut queries, scratch));
+        SCORES.with_borrow_mut(|scores| attend(shape, &mut queries, shape.queries_per_key(), scores));
     });
 }
 
@@ -110,10 +116,8 @@ impl Transposed {
         pool.run(sources.len(), |t| {
             // SAFETY: each tile belongs to one item.
             let tile = unsafe { shared.part(t * size, size) };
-            for lane in 0..sources[t].len {
-                let row = &qkv[(sources[t].row + lane) * stride + at..][..shape.kv_heads * d];
-                row.iter().enumerate().for_each(|(i, x)| tile[i * LANES + lane] = *x);
-            }
+            let Span { row, len } = sources[t];
+            transpose_tile(&qkv[row * stride + at..], stride, len, shape.kv_heads * d, tile);
         });
         Transposed { tiles, first_tile }
     }
@@ -147,6 +151,23 @@ impl Transposed {
                     v: &qkv[(span.row + t * LANES) * stride + shape.v_at(kv_head)..],
                     v_stride: stride,
                 });
+            }
+        }
+    }
+}
+
+simd_fn! {
+    /// tile[column][16] = rows of `columns` elements, `stride` apart; zero for lanes beyond `rows`.
+    fn transpose_tile<S>(from: &[f32], stride: usize, rows: usize, columns: usize, tile: &mut [f32]) {
+        for c in (0..columns).step_by(LANES) {
+            let width = LANES.min(columns - c);
+            let mut block = [S::splat(0.0); LANES];
+            for (r, row) in block.iter_mut().take(rows).enumerate() {
+                *row = S::load(&from[r * stride + c..][..width]);
+            }
+            S::transpose(&mut block);
+            for (i, column) in block.into_iter().take(width).enumerate() {
+                S::store(column, &mut tile[(c + i) * LANES..]);
             }
         }
     }

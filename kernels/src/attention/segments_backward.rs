@@ -1,11 +1,15 @@
 //! Gradient of [`super::segment_attention`].
 //!
-//! Softmax is computed again by the forward rule. With p the probabilities, D = dout·out: dv_j += p_j·dout,
-//! ds_j = p_j·(dout·v_j − D) (times the cap's slope), dq = scale·Σ ds_j·k_j, dk_j += scale·ds_j·q. Keys and values collect
-//! their sums in the order of segments, rows and heads: one work item owns a key/value head of all segments that share rows.
+//! Softmax is computed again by the forward rule. With p the probabilities and D = dout·out: dv_j += p_j·dout,
+//! ds_j = scale·p_j·(dout·v_j − D) (times the cap's slope), dq = Σ ds_j·k_j, dk_j += ds_j·q. Keys and values collect their sums
+//! in the order of segments, rows and heads: one work item owns a key/value head of all segments that share rows.
+
+use std::cmp::Reverse;
 
 use super::AttnShape;
-use super::core::{KeyTile, Query, cap_scores, dot, score_group, softmax};
+use super::core::{
+    KeyTile, Query, TOGETHER, by_count, cap_scores, score_group, scores_len, softmax, together, weigh_group,
+};
 use super::segments::{Segment, Span, Transposed};
 use crate::pool::Pool;
 use crate::shared::Shared;
@@ -28,13 +32,19 @@ pub fn segment_attention_backward(
     dqkv.fill(0.0);
     let keys = Transposed::new(pool, shape, qkv, segs, shape.k_at(0));
     let values = Transposed::new(pool, shape, qkv, segs, shape.v_at(0));
-    let groups = connected(segs);
+    let mut groups = connected(segs);
+    // Long work first, so that no thread is left with it at the end.
+    groups.sort_by_key(|group| {
+        Reverse(
+            group.iter().map(|&s| segs[s].rows.len * (segs[s].rows.len + segs[s].first_pos())).sum::<usize>(),
+        )
+    });
     let dqkv = Shared::new(dqkv);
     pool.run(groups.len() * shape.kv_heads, |item| {
-        let (kv_head, group) = (item / groups.len(), &groups[item % groups.len()]);
+        let (group, kv_head) = (&groups[item / shape.kv_heads], item % shape.kv_heads);
+        let work = Work { shape, qkv, keys: &keys, values: &values, out, dout, dqkv, kv_head };
         let mut scratch = Scratch::default();
         for &s in group {
-            let work = Work { shape, qkv, keys: &keys, values: &values, out, dout, dqkv, kv_head };
             work.segment(&segs[s], &mut scratch);
         }
     });
@@ -50,13 +60,6 @@ fn connected(segs: &[Segment]) -> Vec<Vec<usize>> {
         .collect();
     spans.sort_by_key(|(span, s)| (span.row, *s));
     let mut leader: Vec<usize> = (0..segs.len()).collect();
-    fn find(leader: &mut [usize], mut s: usize) -> usize {
-        while leader[s] != s {
-            leader[s] = leader[leader[s]];
-            s = leader[s];
-        }
-        s
-    }
     let (mut end, mut last) = (0, None);
     for (span, s) in spans {
         if let Some(last) = last.filter(|_| span.row < end) {
@@ -75,10 +78,23 @@ fn connected(segs: &[Segment]) -> Vec<Vec<usize>> {
     groups
 }
 
+/// The first segment of the set that `s` belongs to.
+fn find(leader: &mut [usize], mut s: usize) -> usize {
+    while leader[s] != s {
+        leader[s] = leader[leader[s]];
+        s = leader[s];
+    }
+    s
+}
+
+/// Rows of scores of the queries that are worked on together.
 #[derive(Default)]
 struct Scratch {
     scores: Vec<f32>,
+    /// Probabilities.
     weights: Vec<f32>,
+    /// dout·v, then the gradient of the scores.
+    slopes: Vec<f32>,
 }
 
 #[derive(Clone, Copy)]
@@ -93,100 +109,148 @@ struct Work<'a> {
     kv_head: usize,
 }
 
+/// The tiles of one segment, three ways.
+struct Tiles<'a> {
+    /// Keys to score with.
+    keys: Vec<KeyTile<'a>>,
+    /// Values in the place of the keys, keys in the place of the values.
+    swapped: Vec<KeyTile<'a>>,
+    /// Fused row of each tile's first position.
+    rows: Vec<usize>,
+}
+
 impl Work<'_> {
     fn segment(&self, seg: &Segment, scratch: &mut Scratch) {
         let shape = self.shape;
-        let mut tiles = Vec::new();
-        self.keys.tiles(shape, self.qkv, seg, seg.rows.len, self.kv_head, &mut tiles);
-        let mut value_tiles = Vec::new();
-        let mut rows = Vec::new();
-        let parts = seg.prefix.into_iter().chain([seg.rows]);
-        for span in parts {
+        let (d, per_row) = (shape.head_dim, shape.queries_per_key());
+        let mut tiles = Tiles { keys: Vec::new(), swapped: Vec::new(), rows: Vec::new() };
+        self.keys.tiles(shape, self.qkv, seg, seg.rows.len, self.kv_head, &mut tiles.keys);
+        let own = (seg.rows, seg.first_pos());
+        for (span, position) in seg.prefix.map(|prefix| (prefix, 0)).into_iter().chain([own]) {
             for t in 0..span.len.div_ceil(LANES) {
-                value_tiles.push(self.values.tile(shape, span, t, self.kv_head));
-                rows.push(span.row + t * LANES);
+                let row = span.row + t * LANES;
+                tiles.swapped.push(KeyTile {
+                    start: position + t * LANES,
+                    len: LANES.min(span.len - t * LANES),
+                    k: self.values.tile(shape, span, t, self.kv_head),
+                    v: &self.qkv[row * shape.stride() + shape.k_at(self.kv_head)..],
+                    v_stride: shape.stride(),
+                });
+                tiles.rows.push(row);
             }
         }
-        let len = (seg.first_pos() + seg.rows.len).next_multiple_of(LANES) + LANES;
-        scratch.scores.resize(len, 0.0);
-        scratch.weights.resize(len, 0.0);
-        for i in 0..seg.rows.len {
-            let position = seg.first_pos() + i;
-            let count = tiles.partition_point(|tile| tile.start <= position);
-            for head in 0..shape.queries_per_key() {
-                let head = self.kv_head * shape.queries_per_key() + head;
-                backward_row(
-                    *self,
-                    seg.rows.row + i,
-                    head,
-                    position,
-                    &tiles[..count],
-                    &value_tiles,
-                    &rows,
-                    scratch,
-                );
-            }
+        let len = scores_len(seg.first_pos() + seg.rows.len);
+        for buffer in [&mut scratch.scores, &mut scratch.weights, &mut scratch.slopes] {
+            buffer.resize(len * TOGETHER, 0.0);
+        }
+        let count = seg.rows.len * per_row;
+        for first in (0..count).step_by(together(per_row)) {
+            let count = together(per_row).min(count - first);
+            let queries = (first..first + count).map(|i| {
+                let (row, head) = (i / per_row, self.kv_head * per_row + i % per_row);
+                let position = seg.first_pos() + row;
+                let row = seg.rows.row + row;
+                // SAFETY: this item owns the head's gradients of all rows of the group.
+                let dq = unsafe { self.dqkv.part(row * shape.stride() + head * d, d) };
+                let q = &self.qkv[row * shape.stride() + head * d..][..d];
+                Query { q, out: dq, from: shape.first_seen(position), to: position + 1, tiles: &tiles.keys }
+            });
+            let outs = (first..first + count).map(|i| {
+                let at = (seg.rows.row + i / per_row) * shape.heads * d
+                    + (self.kv_head * per_row + i % per_row) * d;
+                (&self.out[at..][..d], &self.dout[at..][..d])
+            });
+            backward_group(
+                *self,
+                &mut queries.collect::<Vec<_>>(),
+                &outs.collect::<Vec<_>>(),
+                &tiles,
+                scratch,
+                len,
+            );
         }
     }
 }
 
 simd_fn! {
-    fn backward_row<S>(
-        work: Work, row: usize, head: usize, position: usize,
-        tiles: &[KeyTile], value_tiles: &[&[f32]], rows: &[usize], scratch: &mut Scratch,
+    fn backward_group<S>(
+        work: Work, queries: &mut [Query], outs: &[(&[f32], &[f32])], tiles: &Tiles,
+        scratch: &mut Scratch, row: usize,
     ) {
         let shape = work.shape;
-        let (d, stride) = (shape.head_dim, shape.stride());
-        let q = &work.qkv[row * stride + head * d..][..d];
-        let at = row * shape.heads * d + head * d;
-        let (out, dout) = (&work.out[at..][..d], &work.dout[at..][..d]);
-        let (from, to) = (shape.first_seen(position), position + 1);
-        let first = tiles.partition_point(|tile| tile.start + tile.len <= from);
-        let (tiles, value_tiles, rows) = (&tiles[first..], &value_tiles[first..], &rows[first..]);
-        let Scratch { scores, weights } = scratch;
+        let d = shape.head_dim;
+        let Scratch { scores, weights, slopes } = scratch;
 
-        let query = [Query { q, out: &mut [], from, to }];
-        let len = scores.len();
-        score_group::<S>(d, tiles, &query, scores, len);
-        cap_scores::<S>(shape, from, to, scores);
-        weights.copy_from_slice(scores);
-        let share = 1.0 / softmax::<S>(from, to, weights);
-
-        let mut inner = S::splat(0.0);
-        for i in (0..d).step_by(LANES) {
-            inner = S::fma(S::load(&dout[i..]), S::load(&out[i..]), inner);
-        }
-        let inner = S::splat(S::sum(inner));
-        for ((tile, v), &base) in tiles.iter().zip(value_tiles).zip(rows) {
-            let dp = dot::<S>(dout, v);
-            let p = S::mul(S::load(&weights[tile.start..]), S::splat(share));
-            let mut ds = S::mul(S::mul(p, S::sub(dp, inner)), S::splat(shape.scale));
-            if let Some(cap) = shape.softcap {
-                let bend = S::div(S::load(&scores[tile.start..]), S::splat(cap));
-                ds = S::mul(ds, S::fnma(bend, bend, S::splat(1.0)));
+        score_group::<S>(d, queries, scores, row);
+        let mut swapped: Vec<Query> = queries
+            .iter_mut()
+            .zip(outs)
+            .map(|(query, (_, dout))| Query {
+                q: dout, out: &mut *query.out, from: query.from, to: query.to, tiles: &tiles.swapped,
+            })
+            .collect();
+        score_group::<S>(d, &swapped, slopes, row);
+        for (r, query) in swapped.iter().enumerate() {
+            let (from, to) = (query.from, query.to);
+            let (scores, weights, slopes) =
+                (&mut scores[r * row..][..row], &mut weights[r * row..][..row], &mut slopes[r * row..][..row]);
+            cap_scores::<S>(shape, from, to, scores);
+            weights.copy_from_slice(scores);
+            let share = S::splat(1.0 / softmax::<S>(from, to, weights));
+            let (out, dout) = outs[r];
+            let mut inner = S::splat(0.0);
+            for i in (0..d).step_by(LANES) {
+                inner = S::fma(S::load(&dout[i..]), S::load(&out[i..]), inner);
             }
-            let (p, ds) = (S::to_array(p), S::to_array(ds));
-            // SAFETY: this item owns the head's gradients of all rows of the group; the parts do not overlap.
-            let dq = unsafe { work.dqkv.part(row * stride + head * d, d) };
-            for j in from.max(tile.start)..to.min(tile.start + tile.len) {
-                let lane = j - tile.start;
-                let k_at = (base + lane) * stride + shape.k_at(work.kv_head);
-                // SAFETY: as above.
-                let dk = unsafe { work.dqkv.part(k_at, d) };
-                // SAFETY: as above.
-                let dv = unsafe { work.dqkv.part((base + lane) * stride + shape.v_at(work.kv_head), d) };
-                add_scaled::<S>(ds[lane], &work.qkv[k_at..][..d], dq);
-                add_scaled::<S>(ds[lane], q, dk);
-                add_scaled::<S>(p[lane], dout, dv);
+            let inner = S::splat(S::sum(inner));
+            for i in (from / LANES * LANES..to).step_by(LANES) {
+                let p = S::mul(S::load(&weights[i..]), share);
+                let mut slope = S::mul(S::mul(p, S::sub(S::load(&slopes[i..]), inner)), S::splat(shape.scale));
+                if let Some(cap) = shape.softcap {
+                    let bend = S::div(S::load(&scores[i..]), S::splat(cap));
+                    slope = S::mul(slope, S::fnma(bend, bend, S::splat(1.0)));
+                }
+                S::store(p, &mut weights[i..]);
+                S::store(slope, &mut slopes[i..]);
+            }
+            // What the row does not see but its neighbours do.
+            for row in [weights, slopes] {
+                row[..from].fill(0.0);
+                row[to..].fill(0.0);
+            }
+        }
+        weigh_group::<S>(&mut swapped, slopes, row);
+        let first = swapped.iter().map(|query| query.from).min().unwrap_or(0);
+        let last = swapped.iter().map(|query| query.to).max().unwrap_or(0);
+        for (t, tile) in tiles.keys.iter().enumerate() {
+            for j in first.max(tile.start)..last.min(tile.start + tile.len) {
+                let at = (tiles.rows[t] + j - tile.start) * shape.stride();
+                // SAFETY: this item owns the head's gradients of all rows of the group; keys and values do not overlap.
+                let (dk, dv) = unsafe {
+                    (work.dqkv.part(at + shape.k_at(work.kv_head), d), work.dqkv.part(at + shape.v_at(work.kv_head), d))
+                };
+                by_count!(queries.len(), collect, (slopes, row, j, |r| queries[r].q, dk));
+                by_count!(queries.len(), collect, (weights, row, j, |r| outs[r].1, dv));
             }
         }
     }
 }
 
-/// y += a·x.
+/// sum += Σ coefficients[r][j]·x(r) over the R queries in order.
 #[inline(always)]
-fn add_scaled<S: Simd>(a: f32, x: &[f32], y: &mut [f32]) {
-    for i in (0..x.len()).step_by(LANES) {
-        S::store(S::fma(S::splat(a), S::load(&x[i..]), S::load(&y[i..])), &mut y[i..]);
+fn collect<'a, S: Simd, const R: usize>(
+    coefficients: &[f32],
+    row: usize,
+    j: usize,
+    x: impl Fn(usize) -> &'a [f32],
+    sum: &mut [f32],
+) {
+    let coefficients: [S::V; R] = std::array::from_fn(|r| S::splat(coefficients[r * row + j]));
+    for i in (0..sum.len()).step_by(LANES) {
+        let mut v = S::load(&sum[i..]);
+        for r in 0..R {
+            v = S::fma(coefficients[r], S::load(&x(r)[i..]), v);
+        }
+        S::store(v, &mut sum[i..]);
     }
 }
