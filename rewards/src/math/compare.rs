@@ -339,6 +339,9 @@ fn atomics(chain: &Expr) -> Option<Vec<Atomic>> {
 fn simplified(e: &Expr) -> Expr {
     match e {
         Expr::In(_, set) => simplified(set),
+        Expr::Bracket('(', ends, ')') if matches!(ends[..], [Expr::Neg(ref a), Expr::Infinity] if **a == Expr::Infinity) => {
+            Expr::Sym("ℝ".into())
+        }
         Expr::Chain(sides, signs) => {
             // What follows "≈" only rounds what came before, unless nothing but a name did.
             let mut keep = sides.len();

@@ -432,6 +432,13 @@ impl<'a> Lexer<'a> {
             '°' | 'º' => Tok::Degree,
             '\'' | '′' | '’' => Tok::Prime,
             '√' => Tok::Sqrt,
+            '∛' | '∜' => {
+                let index = if c == '∛' { "3" } else { "4" };
+                for tok in [Tok::Sqrt, Tok::Open('['), Tok::Num(index.into()), Tok::Close(']')] {
+                    self.push(tok);
+                }
+                return;
+            }
             'π' => Tok::Pi,
             '∞' => Tok::Infinity,
             '∪' => Tok::Cup,
@@ -808,7 +815,7 @@ impl<'a> Lexer<'a> {
             }
             return;
         }
-        if wording(name) && self.words() {
+        if wording(name) && self.words(name) {
             return;
         }
         if styling(name) || wording(name) {
@@ -968,7 +975,7 @@ impl<'a> Lexer<'a> {
     }
 
     /// The argument of `\text` and its kin: joints, units and words; false if it is mathematics.
-    fn words(&mut self) -> bool {
+    fn words(&mut self, name: &str) -> bool {
         let start = self.at;
         let Some(inner) = self.group() else { return false };
         let word = inner.trim().trim_matches(['~', ',', ' ']).trim();
@@ -999,7 +1006,9 @@ impl<'a> Lexer<'a> {
             .any(|w| w.len() > 1 && !FUNCTIONS.iter().any(|f| f.0 == w));
         let letters = word.chars().filter(|c| c.is_alphabetic()).count();
         let single = letters == 1 && word.len() > 1 || word.chars().any(|c| c.is_ascii_digit());
-        let unit = matches!(self.last(), Some(Tok::Num(_) | Tok::Close(_) | Tok::Pi | Tok::Sym(_)))
+        let upright = !matches!(name, "mathbf" | "mathit" | "mathsf" | "mathtt" | "textit" | "textbf");
+        let unit = upright
+            && matches!(self.last(), Some(Tok::Num(_) | Tok::Close(_) | Tok::Pi | Tok::Sym(_)))
             && word.chars().all(|c| c.is_alphabetic() || matches!(c, '.' | ' ' | '/' | '(' | ')'));
         if !long_word && !unit && (single || letters == 0 || word.len() == 1) {
             self.at = start;

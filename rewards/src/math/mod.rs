@@ -6,6 +6,7 @@
 //! nothing here panics on any input. The remaining disagreements with other graders are listed in
 //! `rewards/docs/math-disagreements.md`.
 
+mod ball;
 mod compare;
 mod derivative;
 mod expr;
@@ -17,6 +18,7 @@ mod number;
 mod numeric;
 mod options;
 mod parser;
+mod precise;
 mod python;
 mod scalar;
 mod shaping;
@@ -48,7 +50,7 @@ pub fn equal(gold: &str, pred: &str, options: &EqualOptions) -> bool {
     if let (Some(a), Some(b)) = (number::Plain::read(gold), number::Plain::read(pred)) {
         return a.equal(b, options.float_rounding);
     }
-    let (gold, pred) = (gold.trim(), pred.trim());
+    let (gold, pred) = (text::bare(gold), text::bare(pred));
     if gold.is_empty() || pred.is_empty() {
         return false;
     }

@@ -261,7 +261,7 @@ pub(super) fn gcd(a: i64, b: i64) -> i64 {
 }
 
 /// The exponent as a quotient of small integers, if written so.
-fn exact_power(e: &Expr) -> Option<(i64, i64)> {
+pub(super) fn exact_power(e: &Expr) -> Option<(i64, i64)> {
     match e {
         Expr::Num { value, .. } => Some((value.numer().to_i64()?, value.denom().to_i64()?)),
         Expr::Neg(a) => exact_power(a).and_then(|(t, b)| Some((t.checked_neg()?, b))),

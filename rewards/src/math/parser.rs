@@ -5,6 +5,7 @@
 use super::expr::{Expr, Fun, Rel};
 use super::lexer::{Tok, Token, lex};
 use super::number;
+use super::units;
 use num_bigint::BigInt;
 use num_rational::BigRational;
 use num_traits::{One, Signed};
@@ -212,12 +213,27 @@ impl Parser {
     }
 
     fn with_unit(&mut self) -> Option<Expr> {
-        let value = self.sum()?;
+        let mut value = self.sum()?;
         if matches!(value, Expr::Text(_)) {
             return Some(value);
         }
+        // `5 million people`
+        while let Some(Tok::Text(word)) = self.peek() {
+            let word = word.clone();
+            let (head, rest) = word.split_once(' ').unwrap_or((&word, ""));
+            let Some(scale) = units::scale(head) else { break };
+            value = times(value, Expr::int(scale));
+            if rest.is_empty() {
+                self.at += 1;
+            } else {
+                self.tokens[self.at].tok = Tok::Text(rest.to_string());
+            }
+        }
         let mut unit = String::new();
         while let Some(Tok::Text(word)) = self.peek() {
+            if units::is_no_unit(word) {
+                return None;
+            }
             if !unit.is_empty() {
                 unit.push(' ');
             }
@@ -251,10 +267,21 @@ impl Parser {
                 }
                 self.at = save;
             }
-            Some(Tok::Op('/' | '*')) if matches!(self.peek_at(1), Some(Tok::Text(_))) => {
-                self.at += 1;
-                unit.push('/');
-            }
+            Some(Tok::Op('/' | '*')) => match self.peek_at(1) {
+                Some(Tok::Text(_)) => {
+                    self.at += 1;
+                    unit.push('/');
+                }
+                Some(Tok::Sym(letter)) if matches!(letter.as_str(), "h" | "s" | "m" | "L" | "g") => {
+                    unit.push('/');
+                    unit.push_str(letter);
+                    self.at += 2;
+                    if self.peek() == Some(&Tok::Op('^')) {
+                        self.unit_tail(unit);
+                    }
+                }
+                _ => {}
+            },
             _ => {}
         }
     }
@@ -843,9 +870,13 @@ impl Parser {
         if !self.eat(&Tok::Open('{')) {
             return None;
         }
-        // The index of a sum may be called `i`.
+        // An index called `i` is no imaginary unit, here and in what follows.
         if self.peek() == Some(&Tok::I) {
-            return None;
+            for token in &mut self.tokens[self.at..] {
+                if token.tok == Tok::I {
+                    token.tok = Tok::Sym("i".into());
+                }
+            }
         }
         let relation = self.relation()?;
         self.eat(&Tok::Close('}')).then_some(relation)

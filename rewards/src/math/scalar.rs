@@ -2,13 +2,16 @@
 //!
 //! Two forms that agree are equal with certainty. Forms over independent atoms that differ are
 //! unequal with certainty. What is left is evaluated: expressions count as equal only if they agree
-//! to 1e-9 (relative) at all of at least six valid points out of 20, so a false accept needs two
-//! analytic functions that differ by less than that everywhere in the sampled box.
+//! to 1e-9 (relative) at all of at least six valid points out of 20 and to 2^-200 at two of them, by
+//! arithmetic that bounds its error. Sample points are 53-bit fractions, so for analytic functions a
+//! false accept has a probability below 2^-50; only integrals and unknown functions rest on the
+//! doubles alone.
 
 use super::expr::Expr;
 use super::normal::{Algebra, Normal, Stop};
 use super::number::within;
 use super::numeric::{C, Point};
+use super::precise::{Precise, covers};
 use super::units::{Relation, relate};
 use num_rational::BigRational;
 use num_traits::{Signed, ToPrimitive, Zero};
@@ -18,6 +21,8 @@ use std::collections::BTreeSet;
 const POINTS: usize = 20;
 const NEEDED: usize = 6;
 const AGREE: f64 = 1e-9;
+/// Points at which agreement is confirmed in 320 bits.
+const PRECISE: usize = 2;
 
 /// What a comparison needs all through.
 pub(crate) struct Context {
@@ -129,43 +134,54 @@ impl Context {
     /// Agreement at many points.
     fn numeric(&mut self, gold: &Expr, pred: &Expr) -> bool {
         let names = variables(&[gold, pred]);
-        self.sample(&names, gold, pred, |a, b| {
+        let near = |a: C, b: C| {
             let scale = a.size().max(b.size());
             a.minus(b).size() <= AGREE * scale || scale < 1e-13
+        };
+        let Some(points) = self.sample(&names, gold, pred, near) else { return false };
+        if !covers(gold) || !covers(pred) {
+            return true;
+        }
+        // Doubles cannot tell a near miss from equality; 320 bits with an error bound can.
+        let whole = discrete(gold) || discrete(pred);
+        points.iter().take(PRECISE).all(|&point| {
+            let variable = |name: &str| sample(name, point, whole);
+            let mut precise = Precise::new(&variable, self.algebra.fuel);
+            let agree = precise.agree(gold, pred);
+            self.algebra.fuel = precise.fuel;
+            agree == Some(true)
         })
     }
 
-    /// Whether `agree` holds at every valid point and there are enough of them.
+    /// The valid points, if `agree` holds at all of them and there are enough.
     fn sample(
         &mut self,
         names: &BTreeSet<String>,
         a: &Expr,
         b: &Expr,
         mut agree: impl FnMut(C, C) -> bool,
-    ) -> bool {
+    ) -> Option<Vec<usize>> {
         let whole = discrete(a) || discrete(b);
         let (points, needed) = if names.is_empty() { (1, 1) } else { (POINTS, NEEDED) };
-        let mut valid = 0;
+        let mut valid = Vec::new();
         for point in 0..points {
-            if self.algebra.pay(40).is_err() {
-                return false;
-            }
+            self.algebra.pay(40).ok()?;
             let variable =
                 |name: &str| if names.contains(name) { sample(name, point, whole) } else { f64::NAN };
             let (x, y) = (Point::new(&variable).value(a), Point::new(&variable).value(b));
             match (x, y) {
                 (Some(x), Some(y)) => {
                     if !agree(x, y) {
-                        return false;
+                        return None;
                     }
-                    valid += 1;
+                    valid.push(point);
                 }
                 (None, None) => {}
                 // Defined on one side only: a removable hole is rare at random points.
-                _ => return false,
+                _ => return None,
             }
         }
-        valid >= needed
+        (valid.len() >= needed).then_some(valid)
     }
 
     /// Whether `a = c b` for one rational or sampled constant `c`; its sign is handed to `sign`.
@@ -192,7 +208,7 @@ impl Context {
             return false;
         }
         let mut first: Option<C> = None;
-        self.sample(&names, a, b, |x, y| {
+        let points = self.sample(&names, a, b, |x, y| {
             if y.size() < 1e-12 || x.size() < 1e-12 {
                 return x.size() < 1e-12 && y.size() < 1e-12;
             }
@@ -207,7 +223,15 @@ impl Context {
                 }
                 Some(c) => ratio.minus(c).size() <= AGREE * c.size(),
             }
-        })
+        });
+        let Some([p, q, ..]) = points.as_deref() else { return false };
+        if !covers(a) || !covers(b) {
+            return true;
+        }
+        // The two products that a common ratio makes equal.
+        let at = |point: usize| move |name: &str| sample(name, point, false);
+        let (first, second) = (at(*p), at(*q));
+        Precise::cross(&first, &second, a, b, &mut self.algebra.fuel) == Some(true)
     }
 }
 

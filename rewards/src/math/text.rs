@@ -8,8 +8,33 @@ pub(crate) fn squeeze(text: &str) -> String {
             out = out.replace(noise, "");
         }
     }
-    out.retain(|c| !c.is_whitespace());
-    out
+    // White space says something only between letters and digits.
+    let mut squeezed = String::with_capacity(out.len());
+    let mut gap = false;
+    for c in out.chars() {
+        if c.is_whitespace() {
+            gap = true;
+            continue;
+        }
+        if gap && c.is_alphanumeric() && squeezed.ends_with(char::is_alphanumeric) {
+            squeezed.push(' ');
+        }
+        gap = false;
+        squeezed.push(c);
+    }
+    squeezed
+}
+
+/// An answer without the bold marks and the full stop around it.
+pub(crate) fn bare(text: &str) -> &str {
+    let mut text = text.trim();
+    if let Some(inner) = text.strip_prefix("**").and_then(|t| t.strip_suffix("**")) {
+        text = inner.trim();
+    }
+    let stop = text
+        .strip_suffix(['.', '。'])
+        .filter(|t| !t.ends_with(['.', '\\']) && !t.ends_with("\\left") && !t.ends_with("\\right"));
+    stop.unwrap_or(text).trim_end()
 }
 
 /// The words of a text answer, or none if it holds something else.

@@ -36,8 +36,9 @@ const UNITS: &[(&[&str], &str, f64)] = &[
     (&["cl", "cL"], "volume", 1e-2),
     (&["L", "l", "liter", "liters", "litre", "litres"], "volume", 1.0),
     (&["gallon", "gallons", "gal"], "volume", 3.785411784),
-    (&["mph"], "speed", 1.609344),
-    (&["kph", "kmh"], "speed", 1.0),
+    (&["mph", "miles per hour", "miles/hour", "mi/h", "mi/hr"], "speed", 1.609344),
+    (&["kph", "kmh", "km/h", "km/hr", "kilometers per hour", "kilometres per hour"], "speed", 1.0),
+    (&["m/s", "meters per second", "metres per second", "meters/second"], "speed", 3.6),
     (&["cent", "cents"], "money", 0.01),
     (&["dollar", "dollars", "USD", "usd", "bucks"], "money", 1.0),
     (&["euro", "euros", "EUR"], "euro", 1.0),
@@ -79,6 +80,107 @@ pub(crate) enum Relation {
     Factor(f64),
 }
 
+/// Whether two names of counted things are the same up to number, case and further words.
+fn alike(a: &str, b: &str) -> bool {
+    let stem = |w: &str| {
+        let w = w.to_lowercase();
+        let w = w.trim_matches(['.', ',']).to_string();
+        w.strip_suffix("es").or_else(|| w.strip_suffix('s')).map(str::to_string).unwrap_or(w)
+    };
+    let words = |t: &str| t.split([' ', '/', '-']).map(stem).filter(|w| !w.is_empty()).collect::<Vec<_>>();
+    let (a, b) = (words(a), words(b));
+    let (short, long) = if a.len() <= b.len() { (&a, &b) } else { (&b, &a) };
+    short.iter().any(|w| w == "unit") || short.iter().all(|w| long.contains(w))
+}
+
+/// What a word after a number multiplies it by, or none if it is not such a word.
+pub(crate) fn scale(word: &str) -> Option<i64> {
+    Some(match word.to_lowercase().as_str() {
+        "dozen" => 12,
+        "hundred" => 100,
+        "thousand" => 1_000,
+        "million" | "millions" => 1_000_000,
+        "billion" | "billions" => 1_000_000_000,
+        "trillion" => 1_000_000_000_000,
+        _ => return None,
+    })
+}
+
+/// Words that are never a unit: what they say changes the value, or doubts it.
+pub(crate) fn is_no_unit(word: &str) -> bool {
+    const WORDS: &[&str] = &[
+        "not",
+        "or",
+        "nor",
+        "and",
+        "but",
+        "is",
+        "isn",
+        "no",
+        "wrong",
+        "incorrect",
+        "false",
+        "maybe",
+        "perhaps",
+        "plus",
+        "minus",
+        "times",
+        "over",
+        "squared",
+        "cubed",
+        "half",
+        "halves",
+        "third",
+        "thirds",
+        "quarter",
+        "fourth",
+        "fourths",
+        "fifth",
+        "fifths",
+        "tenth",
+        "tenths",
+        "hundredth",
+        "hundredths",
+        "thousandths",
+        "to",
+        "less",
+        "more",
+        "than",
+        "root",
+        "factorial",
+        "to",
+        "divided",
+        "by",
+        "choose",
+        "mod",
+        "approximately",
+        "instead",
+        "actually",
+        "either",
+        "otherwise",
+        "if",
+        "unless",
+        "exponent",
+        "power",
+        "negative",
+        "percent",
+        "infinity",
+        "undefined",
+        "unknown",
+        "none",
+        "eighth",
+        "eighths",
+        "sixth",
+        "sixths",
+        "sevenths",
+        "ninths",
+    ];
+    let lower = word.to_lowercase();
+    lower
+        .split(|c: char| !c.is_alphanumeric())
+        .any(|w| WORDS.contains(&w) || scale(w).is_some() || w.bytes().any(|b| b.is_ascii_digit()))
+}
+
 /// Compares two written units, each with an optional power (`cm^2`).
 pub(crate) fn relate(a: &str, b: &str) -> Relation {
     let split = |u: &str| -> (String, i32) {
@@ -96,7 +198,9 @@ pub(crate) fn relate(a: &str, b: &str) -> Relation {
     if a == b && p == q {
         return Relation::Compatible;
     }
-    let (Some(x), Some(y)) = (lookup(&a), lookup(&b)) else { return Relation::Compatible };
+    let (Some(x), Some(y)) = (lookup(&a), lookup(&b)) else {
+        return if alike(&a, &b) && p == q { Relation::Compatible } else { Relation::Conflict };
+    };
     if x.dimension.is_empty() || y.dimension.is_empty() {
         return Relation::Compatible;
     }
