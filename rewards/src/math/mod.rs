@@ -6,8 +6,11 @@
 //! nothing here panics on any input. The remaining disagreements with other graders are listed in
 //! `rewards/docs/math-disagreements.md`.
 
+mod announced;
 mod ball;
+mod boxed;
 mod compare;
+mod delimited;
 mod derivative;
 mod expr;
 mod extract;
@@ -19,6 +22,7 @@ mod numeric;
 mod options;
 mod parser;
 mod precise;
+mod prose;
 mod python;
 mod scalar;
 mod shaping;

@@ -125,7 +125,7 @@ impl Algebra {
     fn check(&mut self, value: BigRational) -> Step<BigRational> {
         let limit = if value.is_integer() { MAX_BITS } else { MAX_FRACTION_BITS };
         let size = bits(&value);
-        self.pay(1 + size * size / 32_000)?;
+        self.pay(if value.is_integer() { 1 } else { 7 } + size * size / 16_000)?;
         if size > limit { Err(Stop::Beyond) } else { Ok(value) }
     }
 
@@ -194,7 +194,7 @@ impl Algebra {
                     let whole = power.floor().to_integer();
                     if whole != 0 {
                         let part = self.power_of(BigRational::from_integer(p.clone()), whole)?;
-                        factor *= part;
+                        factor = product(&factor, &part);
                     }
                     power - Power::from_integer(whole)
                 }
@@ -210,7 +210,7 @@ impl Algebra {
     fn add_term(&mut self, poly: &mut Poly, mono: Mono, value: BigRational) -> Step<()> {
         let old = poly.remove(&mono);
         let value = match old {
-            Some(old) => self.check(old + value)?,
+            Some(old) => self.check(sum(&old, &value))?,
             None => value,
         };
         if !value.is_zero() {
@@ -224,9 +224,9 @@ impl Algebra {
         for (m, x) in a {
             for (n, y) in b {
                 let (mono, factor) = self.mono_mul(m, n)?;
-                let mut value = self.check(x * y)?;
+                let mut value = self.check(product(x, y))?;
                 if !factor.is_one() {
-                    value = self.check(value * factor)?;
+                    value = self.check(product(&value, &factor))?;
                 }
                 self.add_term(&mut out, mono, value)?;
             }
@@ -757,7 +757,7 @@ impl Algebra {
             return Ok(None);
         }
         for (mono, value) in &right {
-            let scaled = self.check(value * &ratio)?;
+            let scaled = self.check(product(value, &ratio))?;
             if left.get(mono) != Some(&scaled) {
                 return Ok(None);
             }
@@ -794,6 +794,22 @@ impl Algebra {
             .flatten()
             .any(|(id, _)| matches!(self.names[*id as usize], Atom::Sym(_) | Atom::Opaque(_)))
     }
+}
+
+/// `a * b`, without the search for a common divisor where both are integers.
+fn product(a: &BigRational, b: &BigRational) -> BigRational {
+    if a.is_integer() && b.is_integer() {
+        return BigRational::from_integer(a.numer() * b.numer());
+    }
+    a * b
+}
+
+/// `a + b`, likewise.
+fn sum(a: &BigRational, b: &BigRational) -> BigRational {
+    if a.is_integer() && b.is_integer() {
+        return BigRational::from_integer(a.numer() + b.numer());
+    }
+    a + b
 }
 
 /// The greatest common divisor, read off a reduced fraction.

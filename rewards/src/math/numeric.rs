@@ -7,7 +7,7 @@ use std::f64::consts::{E, PI};
 /// Terms a sum or product may run over.
 const MAX_TERMS: i64 = 60;
 /// Node visits one evaluation may cost.
-const MAX_VISITS: u32 = 30_000;
+const MAX_VISITS: u32 = 8_000;
 
 /// A complex number.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -113,7 +113,7 @@ impl C {
 pub(crate) struct Point<'a> {
     /// The value of a variable.
     pub(crate) variable: &'a dyn Fn(&str) -> f64,
-    visits: u32,
+    pub(crate) visits: u32,
     bound: Vec<(String, C)>,
 }
 

@@ -168,7 +168,9 @@ impl Context {
             self.algebra.pay(40).ok()?;
             let variable =
                 |name: &str| if names.contains(name) { sample(name, point, whole) } else { f64::NAN };
-            let (x, y) = (Point::new(&variable).value(a), Point::new(&variable).value(b));
+            let (mut left, mut right) = (Point::new(&variable), Point::new(&variable));
+            let (x, y) = (left.value(a), right.value(b));
+            self.algebra.pay(u64::from(left.visits + right.visits) / 4).ok()?;
             match (x, y) {
                 (Some(x), Some(y)) => {
                     if !agree(x, y) {
