@@ -271,8 +271,13 @@ fn hostile_templates_end_in_an_error() {
     assert!(ChatTemplate::new(&"x".repeat(2 << 20), &BTreeMap::new()).is_err(), "huge sources are refused");
 }
 
+/// Damaged templates to try; `RFT_FUZZ_ROUNDS` asks for more.
+fn fuzz_rounds() -> u32 {
+    std::env::var("RFT_FUZZ_ROUNDS").ok().and_then(|n| n.parse().ok()).unwrap_or(200)
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 200, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: fuzz_rounds(), failure_persistence: None, ..ProptestConfig::default() })]
     /// Damaged templates give text or an error, never a panic or a hang.
     #[test]
     fn damaged_templates_never_panic(at in 0usize..600, with in "[-{%}#a-z'|().\\[\\]+*~ ]{0,6}", cut in 0usize..12) {

@@ -86,8 +86,7 @@ impl Tokenizer {
     /// An unreadable or malformed file.
     pub fn from_file(path: &Path) -> Result<Self> {
         let bytes = std::fs::read(path).map_err(EngineError::io(path))?;
-        let inner = tokenizers::Tokenizer::from_bytes(&bytes)
-            .map_err(|e| EngineError::malformed(path, "tokenizer", e.to_string()))?;
+        let inner = parse(path, &bytes)?;
         Self::new(inner, BTreeMap::new(), &[])
     }
 
@@ -106,8 +105,7 @@ impl Tokenizer {
             ));
         }
         let bytes = std::fs::read(&path).map_err(EngineError::io(&path))?;
-        let inner = tokenizers::Tokenizer::from_bytes(&bytes)
-            .map_err(|e| EngineError::malformed(&path, "tokenizer", e.to_string()))?;
+        let inner = parse(&path, &bytes)?;
         let mut roles = BTreeMap::new();
         for name in ["special_tokens_map.json", "tokenizer_config.json"] {
             if let Some(map) = read_object(&folder.join(name))? {
@@ -254,6 +252,18 @@ impl Tokenizer {
     fn is_byte_level(&self) -> bool {
         matches!(self.inner.get_decoder(), Some(DecoderWrapper::ByteLevel(_)))
     }
+}
+
+/// Reads a `tokenizer.json`.
+fn parse(path: &Path, bytes: &[u8]) -> Result<tokenizers::Tokenizer> {
+    // The tokenizers crate panics on some malformed files (found by mutation): JSON errors are caught before it, the
+    // rest around it.
+    serde_json::from_slice::<serde::de::IgnoredAny>(bytes)
+        .map_err(|e| EngineError::malformed(path, format!("line {}", e.line()), e.to_string()))?;
+    let parsed = std::panic::catch_unwind(|| tokenizers::Tokenizer::from_bytes(bytes));
+    parsed
+        .map_err(|_| EngineError::malformed(path, "tokenizer", "some part is not what its type needs"))?
+        .map_err(|e| EngineError::malformed(path, "tokenizer", e.to_string()))
 }
 
 /// The bytes without a token in a byte-level vocabulary that lacks some of printable ASCII, such as those of
