@@ -146,6 +146,7 @@ fn a_megabyte_of_anything_is_read_in_linear_time() {
         "{\"name\": \"f\", \"arguments\": {}}",
         "<answer>",
         "<answer></answer>",
+        "<answer>\n",
         "<think>",
         "</think>",
         "```json[",

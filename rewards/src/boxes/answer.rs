@@ -4,17 +4,12 @@ use crate::tools::py::is_space;
 
 /// Text of the first `<answer>…</answer>`; with `one_line` it must not span lines (as `.` without DOTALL).
 pub(super) fn first_answer(text: &str, one_line: bool) -> Option<&str> {
-    let mut rest = text;
-    while let Some(start) = rest.find("<answer>") {
-        let body = &rest[start + "<answer>".len()..];
-        let end = body.find("</answer>");
-        match end {
-            Some(end) if !one_line || !body[..end].contains('\n') => return Some(&body[..end]),
-            Some(_) => rest = body,
-            None => return None,
-        }
-    }
-    None
+    if one_line { text.split('\n').find_map(between_tags) } else { between_tags(text) }
+}
+
+fn between_tags(text: &str) -> Option<&str> {
+    let body = &text[text.find("<answer>")? + "<answer>".len()..];
+    Some(&body[..body.find("</answer>")?])
 }
 
 /// Text of the last of the `<answer>…</answer>` that follow one another.
