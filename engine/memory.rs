@@ -11,6 +11,7 @@ use crate::config::{Precision, Recipe};
 use crate::error::{EngineError, Result};
 use crate::model::backprop::{LOGITS_CHUNK_BYTES, activation_bytes_per_row};
 use crate::model::policy::Policy;
+use crate::rollout::sampler::logits_rows;
 
 /// Micro-batches above this many rows are no faster (the kernels are at their peak) and only take memory.
 const MAX_ROWS: usize = 4096;
@@ -31,7 +32,7 @@ pub struct MemoryPlan {
     pub reference: usize,
     /// KV block pool.
     pub kv: usize,
-    /// Logits of a decode step, and the learner's chunk of logits.
+    /// The rollout's and the learner's chunks of logits.
     pub logits: usize,
     /// Activations of one micro-batch.
     pub activations: usize,
@@ -76,7 +77,8 @@ impl MemoryPlan {
             moments: 8 * trainable,
             reference: if needs_reference { stored(base) } else { 0 },
             kv: 0,
-            logits: samples * spec.vocab * 4 + 2 * LOGITS_CHUNK_BYTES.min(512 * spec.vocab * 4),
+            logits: samples.min(logits_rows(spec.vocab)) * spec.vocab * 4
+                + 2 * LOGITS_CHUNK_BYTES.min(512 * spec.vocab * 4),
             activations: 0,
             program: PROGRAM_BYTES,
             budget: recipe.devices.memory_mb << 20,

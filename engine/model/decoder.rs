@@ -6,6 +6,8 @@
 //!
 //! Shapes: m rows (tokens of any mix of sequences), hidden h, q = heads * head_dim, f = ffn.
 
+use std::ops::Range;
+
 use rft_kernels::{
     PagedRun, Pool, QkNorm, Segment, Write, add_columns, add_rms_norm, gather_rows, glu, linear,
     paged_attention, qk_rope, rms_norm, segment_attention, store_kv,
@@ -181,7 +183,7 @@ impl PagedModel for PagedDecoder<'_> {
         KvCache::new(self.weights.spec.layers, blocks, shape.kv_heads, shape.head_dim)
     }
 
-    fn forward(&mut self, pool: &Pool, cache: &mut KvCache, batch: &PagedBatch, logits: &mut Vec<f32>) {
+    fn forward(&mut self, pool: &Pool, cache: &mut KvCache, batch: &PagedBatch) {
         let w = &self.weights;
         w.embed(pool, batch.tokens, &mut self.h);
         for layer in 0..w.spec.layers {
@@ -207,6 +209,10 @@ impl PagedModel for PagedDecoder<'_> {
             self.selected.extend_from_slice(&self.h[row * w.spec.hidden..(row + 1) * w.spec.hidden]);
         }
         w.norm(pool, w.slots.final_norm, &self.selected, &mut self.normed);
-        w.logits(pool, &self.normed, logits);
+    }
+
+    fn logits(&mut self, pool: &Pool, rows: Range<usize>, logits: &mut Vec<f32>) {
+        let hidden = self.weights.spec.hidden;
+        self.weights.logits(pool, &self.normed[rows.start * hidden..rows.end * hidden], logits);
     }
 }

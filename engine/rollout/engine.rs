@@ -1,18 +1,20 @@
 //! The rollout engine: prompts in, groups of completions out, over one paged KV cache.
 
+use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
 use rft_kernels::{PagedRun, Pool};
 
-use crate::data::tokenizer::{Detokenizer, Tokenizer};
+use crate::data::tokenizer::Tokenizer;
 use crate::error::{EngineError, Result};
-use crate::rng::{Purpose, Stream};
 use crate::rollout::block_pool::BlockPool;
 use crate::rollout::model::{KvCache, PagedBatch, PagedModel};
-use crate::rollout::sampler::{Drawn, SamplingConfig, sample_rows};
-use crate::rollout::scheduler::{Owner, Plan, Scheduler};
-use crate::types::{Completion, FinishReason, Group, PolicyVersion, Prompt};
+use crate::rollout::sampler::{DrawKey, Drawn, SamplingConfig, logits_rows, sample_rows};
+use crate::rollout::scheduler::{Counts, Owner, Plan, Scheduler};
+use crate::rollout::sequence::{GroupState, RolloutKey};
+use crate::types::{Group, Prompt};
 
 /// Prompt rows of one forward pass: enough to keep the kernels busy, few enough that decoding samples do not wait.
 const PREFILL_ROWS: usize = 512;
@@ -22,19 +24,8 @@ const PREFILL_ROWS: usize = 512;
 pub struct Request {
     /// The prompt; at least one token.
     pub prompt: Arc<Prompt>,
-    /// Completions to draw (G).
+    /// Completions to draw (G); at least one.
     pub samples: usize,
-}
-
-/// Key of the randomness of one rollout, and the weights that it runs on.
-#[derive(Debug, Clone, Copy)]
-pub struct RolloutKey {
-    /// The run's seed.
-    pub seed: u64,
-    /// The step.
-    pub step: u64,
-    /// The weights.
-    pub version: PolicyVersion,
 }
 
 /// What a rollout did.
@@ -42,8 +33,14 @@ pub struct RolloutKey {
 pub struct RolloutStats {
     /// Prompt rows computed.
     pub prefill_tokens: usize,
+    /// Prompt rows found in the cache.
+    pub cached_tokens: usize,
     /// Tokens drawn.
     pub decoded_tokens: usize,
+    /// Completion rows computed once more after a preemption.
+    pub recomputed_tokens: usize,
+    /// Forward passes.
+    pub passes: usize,
     /// Wall-clock seconds.
     pub seconds: f64,
     /// Most KV blocks held at once.
@@ -52,13 +49,15 @@ pub struct RolloutStats {
     pub preemptions: usize,
 }
 
-/// A block pool, its cache, and the buffers of a decode step.
+/// A block pool, its cache, and the buffers of a pass.
 #[derive(Debug)]
 pub struct RolloutEngine {
     blocks: BlockPool,
     cache: KvCache,
     plan: Plan,
     logits: Vec<f32>,
+    keys: Vec<DrawKey>,
+    drawn: Vec<Drawn>,
     prefill_rows: usize,
 }
 
@@ -70,6 +69,8 @@ impl RolloutEngine {
             cache: model.new_cache(blocks),
             plan: Plan::default(),
             logits: Vec::new(),
+            keys: Vec::new(),
+            drawn: Vec::new(),
             prefill_rows: PREFILL_ROWS,
         }
     }
@@ -85,14 +86,16 @@ impl RolloutEngine {
         self.blocks.free()
     }
 
-    /// Draws every request's completions and hands each group over as soon as it is complete.
+    /// Draws every request's completions and hands each group over, with its request's number, as soon as it is
+    /// complete: scoring can overlap decoding.
     ///
     /// The tokens and the bits of the logprobs depend on (weights, seed, step, prompt, sample) alone: not on the
-    /// other requests, the pool's size, chunking or threads.
+    /// other requests, the pool's size, chunking or threads. Where a prompt is asked for twice, the second
+    /// request's samples are numbered on, so that they are not the first's again.
     ///
     /// # Errors
-    /// A prompt that is empty or too long for the model or the pool; logits that are not finite; whatever
-    /// `on_group` reports.
+    /// Sampling settings out of range; a prompt that is empty or too long for the model or the pool; logits that
+    /// are not finite; whatever `on_group` reports.
     #[allow(clippy::too_many_arguments)]
     pub fn generate(
         &mut self,
@@ -105,79 +108,72 @@ impl RolloutEngine {
         on_group: &mut dyn FnMut(usize, Group) -> Result<()>,
     ) -> Result<RolloutStats> {
         let start = Instant::now();
+        sampling.check()?;
         for request in requests {
-            check_fits(&request.prompt, sampling, model.max_positions())?;
+            check_request(request, sampling, model.max_positions())?;
         }
         self.blocks.reset_peak();
         let mut stats = RolloutStats::default();
-        let groups = requests.iter().map(|r| {
-            (Arc::clone(&r.prompt), (0..r.samples).map(|_| Detokenizer::new(tokenizer, true)).collect())
-        });
+        let groups = group_states(requests, &key, tokenizer);
         let blocks = &mut self.blocks;
         let mut scheduler =
             Scheduler::new(blocks, key.version, groups, sampling.max_new_tokens, self.prefill_rows)?;
+        let chunk = logits_rows(model.vocab());
         while !scheduler.is_done() {
             scheduler.plan(&mut self.plan);
-            let plan = &self.plan;
-            assert!(!plan.runs.is_empty(), "an unfinished rollout always has a row to run");
-            plan.copies.iter().for_each(|&(from, to)| self.cache.copy_block(from, to));
-            let runs: Vec<PagedRun> = plan
-                .runs
-                .iter()
-                .map(|r| PagedRun {
-                    row: r.row,
-                    rows: r.rows,
-                    first_pos: r.first_pos,
-                    table: scheduler.table(r.owner),
-                })
-                .collect();
-            let batch = PagedBatch {
-                tokens: &plan.tokens,
-                positions: &plan.positions,
-                slots: &plan.slots,
-                runs: &runs,
-                select: &plan.select,
-            };
-            model.forward(pool, &mut self.cache, &batch, &mut self.logits);
-            drop(runs);
-            scheduler.computed(plan);
-            let streams: Vec<Vec<(Stream, u64)>> =
-                plan.drawers.iter().map(|&owner| draw_keys(&scheduler, owner, key)).collect();
-            let drawn = sample_rows(pool, &mut self.logits, model.vocab(), &streams, sampling);
-            for (&owner, drawn) in plan.drawers.iter().zip(&drawn) {
-                let (g, first) = match owner {
-                    Owner::Prompt(g) => (g, 0),
-                    Owner::Sample(g, s) => (g, s),
-                };
-                for (i, token) in drawn.iter().enumerate() {
+            forward(model, pool, &mut self.cache, &self.plan, &scheduler);
+            scheduler.computed(&self.plan);
+            stats.passes += 1;
+            let drawers = &self.plan.drawers;
+            for from in (0..drawers.len()).step_by(chunk) {
+                let rows = from..(from + chunk).min(drawers.len());
+                model.logits(pool, rows.clone(), &mut self.logits);
+                draw_keys(&scheduler, &drawers[rows.clone()], &mut self.keys);
+                sample_rows(pool, &mut self.logits, model.vocab(), &self.keys, sampling, &mut self.drawn);
+                let drawn_for = drawers[rows].iter().flat_map(|&owner| owner_samples(&scheduler, owner));
+                let drawn_for: Vec<(usize, usize)> = drawn_for.collect();
+                for ((g, s), drawn) in drawn_for.into_iter().zip(&self.drawn) {
+                    let group = &mut scheduler.groups[g];
+                    group.check(s, drawn)?;
                     stats.decoded_tokens += 1;
-                    if accept(&mut scheduler, g, first + i, *token, sampling)?
-                        && scheduler.finished(g, first + i)
-                    {
-                        on_group(g, take_group(&mut scheduler, g, key.version))?;
+                    if group.samples[s].push(*drawn, sampling) && scheduler.finished(g, s) {
+                        on_group(g, scheduler.groups[g].take_group(key.version))?;
                     }
                 }
             }
         }
-        (stats.prefill_tokens, stats.preemptions) = (scheduler.prefill_tokens, scheduler.preemptions);
+        let counts = scheduler.counts;
         drop(scheduler);
-        stats.peak_blocks = self.blocks.peak();
-        stats.seconds = start.elapsed().as_secs_f64();
-        Ok(stats)
+        let Counts { prefill_tokens, cached_tokens, recomputed_tokens, preemptions } = counts;
+        let (peak_blocks, seconds) = (self.blocks.peak(), start.elapsed().as_secs_f64());
+        Ok(RolloutStats {
+            prefill_tokens,
+            cached_tokens,
+            recomputed_tokens,
+            preemptions,
+            peak_blocks,
+            seconds,
+            ..stats
+        })
     }
 }
 
-fn check_fits(prompt: &Prompt, sampling: &SamplingConfig, max_positions: usize) -> Result<()> {
+fn check_request(request: &Request, sampling: &SamplingConfig, max_positions: usize) -> Result<()> {
+    let prompt = &request.prompt;
     if prompt.tokens.is_empty() {
         return Err(EngineError::Config(format!(
             "prompt {} is empty: there is nothing to condition on",
             prompt.id
         )));
     }
+    if request.samples == 0 {
+        return Err(EngineError::Config(format!("prompt {}: 0 completions are asked for", prompt.id)));
+    }
     let longest = prompt.tokens.len() + sampling.max_new_tokens;
     if longest > max_positions {
         return Err(EngineError::Config(format!(
-            "prompt {}: {} tokens and {} new ones are more than the {max_positions} positions prepared for",
+            "prompt {}: {} tokens and {} new ones are more than the {max_positions} positions prepared for. hint: lower \
+             max_new_tokens or shorten the prompt",
             prompt.id,
             prompt.tokens.len(),
             sampling.max_new_tokens
@@ -186,91 +182,52 @@ fn check_fits(prompt: &Prompt, sampling: &SamplingConfig, max_positions: usize) 
     Ok(())
 }
 
-/// The streams that draw from an owner's row: each sample of a fresh prompt, or one sample.
-fn draw_keys(scheduler: &Scheduler, owner: Owner, key: RolloutKey) -> Vec<(Stream, u64)> {
-    let (g, samples) = match owner {
+/// The groups of a rollout; the samples of a prompt are numbered through all its requests.
+fn group_states(requests: &[Request], key: &RolloutKey, tokenizer: &Tokenizer) -> Vec<GroupState> {
+    let mut asked: HashMap<usize, usize> = HashMap::new();
+    let group = |request: &Request| {
+        let before = asked.entry(request.prompt.index).or_default();
+        let first = std::mem::replace(before, *before + request.samples);
+        GroupState::new(Arc::clone(&request.prompt), request.samples, first, key, tokenizer)
+    };
+    requests.iter().map(group).collect()
+}
+
+fn forward(model: &mut dyn PagedModel, pool: &Pool, cache: &mut KvCache, plan: &Plan, scheduler: &Scheduler) {
+    assert!(!plan.runs.is_empty(), "an unfinished rollout always has a row to run");
+    plan.copies.iter().for_each(|&(from, to)| cache.copy_block(from, to));
+    let run = |r: &crate::rollout::scheduler::PlannedRun| PagedRun {
+        row: r.row,
+        rows: r.rows,
+        first_pos: r.first_pos,
+        table: scheduler.table(r.owner),
+    };
+    let runs: Vec<PagedRun> = plan.runs.iter().map(run).collect();
+    let batch = PagedBatch {
+        tokens: &plan.tokens,
+        positions: &plan.positions,
+        slots: &plan.slots,
+        runs: &runs,
+        select: &plan.select,
+    };
+    model.forward(pool, cache, &batch);
+}
+
+/// Who draws from an owner's last row: every sample of a fresh prompt, or the one sample.
+fn owner_samples(scheduler: &Scheduler, owner: Owner) -> impl Iterator<Item = (usize, usize)> + use<> {
+    let (g, samples): (usize, Range<usize>) = match owner {
         Owner::Prompt(g) => (g, 0..scheduler.groups[g].samples.len()),
         Owner::Sample(g, s) => (g, s..s + 1),
     };
-    let group = &scheduler.groups[g];
-    samples
-        .map(|s| {
-            let words = [key.step, group.prompt.index as u64, s as u64];
-            (Stream::new(key.seed, Purpose::Sample, &words), group.samples[s].tokens.len() as u64)
-        })
-        .collect()
+    samples.map(move |s| (g, s))
 }
 
-/// Appends a drawn token; true when it ends the sample.
-fn accept(
-    scheduler: &mut Scheduler,
-    g: usize,
-    s: usize,
-    drawn: Drawn,
-    sampling: &SamplingConfig,
-) -> Result<bool> {
-    let group = &mut scheduler.groups[g];
-    if !drawn.logprob.is_finite() {
-        return Err(EngineError::Numeric(format!(
-            "the model's logits are not finite at token {} of sample {s} of prompt {}",
-            group.samples[s].tokens.len(),
-            group.prompt.id
-        )));
+fn draw_keys(scheduler: &Scheduler, drawers: &[Owner], keys: &mut Vec<DrawKey>) {
+    keys.clear();
+    for (row, &owner) in drawers.iter().enumerate() {
+        keys.extend(owner_samples(scheduler, owner).map(|(g, s)| {
+            let sample = &scheduler.groups[g].samples[s];
+            DrawKey { row, stream: sample.stream.clone(), at: sample.tokens.len() as u64 }
+        }));
     }
-    let sample = &mut group.samples[s];
-    sample.tokens.push(drawn.token);
-    sample.logprobs.push(drawn.logprob);
-    if sampling.stop_tokens.contains(&drawn.token) {
-        sample.finish = Some(FinishReason::Stop);
-        return Ok(true);
-    }
-    let before = sample.text.text().len();
-    sample.text.push(drawn.token);
-    sample.cut = find_stop(sample.text.text(), before, &sampling.stop);
-    if sample.cut.is_some() {
-        sample.finish = Some(FinishReason::Stop);
-    } else if sample.tokens.len() >= sampling.max_new_tokens {
-        sample.finish = Some(FinishReason::Length);
-    }
-    Ok(sample.finish.is_some())
-}
-
-/// Start of the earliest stop string that ends after byte `before`.
-fn find_stop(text: &str, before: usize, stops: &[String]) -> Option<usize> {
-    stops
-        .iter()
-        .filter(|stop| !stop.is_empty())
-        .filter_map(|stop| {
-            let mut from = (before + 1).saturating_sub(stop.len());
-            while !text.is_char_boundary(from) {
-                from -= 1;
-            }
-            text[from..].find(stop.as_str()).map(|at| from + at)
-        })
-        .min()
-}
-
-fn take_group(scheduler: &mut Scheduler, g: usize, version: PolicyVersion) -> Group {
-    let group = &mut scheduler.groups[g];
-    let completions = group
-        .samples
-        .drain(..)
-        .map(|sample| {
-            let (mut text, mut token_ends) = sample.text.finish();
-            if let Some(cut) = sample.cut {
-                text.truncate(cut);
-            }
-            // a stop token adds no text
-            token_ends.resize(sample.tokens.len(), text.len() as u32);
-            token_ends.iter_mut().for_each(|end| *end = (*end).min(text.len() as u32));
-            Completion {
-                tokens: sample.tokens,
-                logprobs: sample.logprobs,
-                text,
-                token_ends,
-                finish: sample.finish.expect("a complete group holds finished samples"),
-            }
-        })
-        .collect();
-    Group { prompt: Arc::clone(&group.prompt), completions, version }
 }

@@ -5,7 +5,9 @@ pub mod engine;
 pub mod model;
 pub mod sampler;
 pub mod scheduler;
+pub mod sequence;
 
-pub use engine::{Request, RolloutEngine, RolloutKey, RolloutStats};
+pub use engine::{Request, RolloutEngine, RolloutStats};
 pub use model::{KvCache, PagedBatch, PagedModel};
 pub use sampler::SamplingConfig;
+pub use sequence::RolloutKey;

@@ -1,5 +1,7 @@
 //! What the rollout engine asks of a model: a forward pass over a ragged batch whose keys and values are paged.
 
+use std::ops::Range;
+
 use rft_kernels::{BLOCK, PagedRun, Pool};
 
 /// A decoder that reads and writes a paged KV cache.
@@ -13,9 +15,12 @@ pub trait PagedModel {
     /// An empty cache of this many blocks.
     fn new_cache(&self, blocks: usize) -> KvCache;
 
-    /// Runs the batch: stores each row's keys and values at its slot, and writes the logits of the selected rows,
-    /// `[select.len(), vocab]`.
-    fn forward(&mut self, pool: &Pool, cache: &mut KvCache, batch: &PagedBatch, logits: &mut Vec<f32>);
+    /// Runs the batch: stores each row's keys and values at its slot and keeps what the logits of the selected rows
+    /// need.
+    fn forward(&mut self, pool: &Pool, cache: &mut KvCache, batch: &PagedBatch);
+
+    /// Logits `[rows.len(), vocab]` of some of the last batch's selected rows, by their place in `select`.
+    fn logits(&mut self, pool: &Pool, rows: Range<usize>, logits: &mut Vec<f32>);
 }
 
 /// Keys and values of every layer, in blocks of [`BLOCK`] positions (layout: `rft_kernels::store_kv`).

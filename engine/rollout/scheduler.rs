@@ -10,46 +10,10 @@ use std::sync::Arc;
 
 use rft_kernels::BLOCK;
 
-use crate::data::tokenizer::Detokenizer;
 use crate::error::{EngineError, Result};
 use crate::rollout::block_pool::{BlockPool, PrefixHash};
-use crate::types::{FinishReason, PolicyVersion, Prompt, TokenId};
-
-/// One sample in flight.
-pub struct SampleState {
-    /// Drawn tokens.
-    pub tokens: Vec<TokenId>,
-    /// Their logprobs.
-    pub logprobs: Vec<f32>,
-    /// Text so far.
-    pub text: Detokenizer,
-    /// Set when it is done.
-    pub finish: Option<FinishReason>,
-    /// Byte at which a stop string cut the text.
-    pub cut: Option<usize>,
-    table: Vec<u32>,
-    computed: usize,
-    running: bool,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Phase {
-    Waiting,
-    Prefill,
-    Ready,
-    Done,
-}
-
-/// One group in flight.
-pub struct GroupState {
-    /// What it answers.
-    pub prompt: Arc<Prompt>,
-    /// Its samples, by number.
-    pub samples: Vec<SampleState>,
-    table: Vec<u32>,
-    computed: usize,
-    phase: Phase,
-}
+use crate::rollout::sequence::{GroupState, Phase};
+use crate::types::{PolicyVersion, TokenId};
 
 /// Whose rows a run holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -112,10 +76,21 @@ pub struct Scheduler<'a> {
     version: PolicyVersion,
     prefill_rows: usize,
     first_active: usize,
-    /// Samples that gave their blocks back.
-    pub preemptions: usize,
+    /// What happened so far.
+    pub counts: Counts,
+}
+
+/// What a scheduler did.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Counts {
     /// Prompt rows computed.
     pub prefill_tokens: usize,
+    /// Prompt rows that published blocks saved.
+    pub cached_tokens: usize,
+    /// Completion rows computed once more after a preemption.
+    pub recomputed_tokens: usize,
+    /// Times a sample or a prompt gave its blocks back.
+    pub preemptions: usize,
 }
 
 impl<'a> Scheduler<'a> {
@@ -126,31 +101,10 @@ impl<'a> Scheduler<'a> {
     pub fn new(
         blocks: &'a mut BlockPool,
         version: PolicyVersion,
-        groups: impl Iterator<Item = (Arc<Prompt>, Vec<Detokenizer>)>,
+        groups: Vec<GroupState>,
         max_new_tokens: usize,
         prefill_rows: usize,
     ) -> Result<Self> {
-        let groups: Vec<GroupState> = groups
-            .map(|(prompt, texts)| GroupState {
-                prompt,
-                samples: texts
-                    .into_iter()
-                    .map(|text| SampleState {
-                        tokens: Vec::new(),
-                        logprobs: Vec::new(),
-                        text,
-                        finish: None,
-                        cut: None,
-                        table: Vec::new(),
-                        computed: 0,
-                        running: false,
-                    })
-                    .collect(),
-                table: Vec::new(),
-                computed: 0,
-                phase: Phase::Waiting,
-            })
-            .collect();
         for group in &groups {
             let prompt = group.prompt.tokens.len();
             // the prompt's table and one sample that copied its tail
@@ -164,7 +118,8 @@ impl<'a> Scheduler<'a> {
                 )));
             }
         }
-        Ok(Self { blocks, groups, version, prefill_rows, first_active: 0, preemptions: 0, prefill_tokens: 0 })
+        let (first_active, counts) = (0, Counts::default());
+        Ok(Self { blocks, groups, version, prefill_rows, first_active, counts })
     }
 
     /// Whether every group is done.
@@ -215,6 +170,7 @@ impl<'a> Scheduler<'a> {
                 let limit = (prompt.tokens.len() - 1) / BLOCK;
                 let mut table = self.blocks.find_prefix(self.version, &prompt.tokens, limit);
                 self.groups[g].computed = table.len() * BLOCK;
+                self.counts.cached_tokens += table.len() * BLOCK;
                 while table.len() < needed {
                     table.push(self.blocks.take().expect("counted above"));
                 }
@@ -346,12 +302,13 @@ impl<'a> Scheduler<'a> {
     }
 
     fn preempt(&mut self, owner: Owner) {
-        self.preemptions += 1;
+        self.counts.preemptions += 1;
         match owner {
             Owner::Prompt(g) => {
                 release_all(self.blocks, &mut self.groups[g].table);
-                self.groups[g].phase = Phase::Waiting;
-                self.groups[g].computed = 0;
+                let group = &mut self.groups[g];
+                (group.phase, group.computed) = (Phase::Waiting, 0);
+                group.published = (PrefixHash::root(self.version), 0);
             }
             Owner::Sample(g, s) => {
                 let sample = &mut self.groups[g].samples[s];
@@ -365,16 +322,22 @@ impl<'a> Scheduler<'a> {
     pub fn computed(&mut self, plan: &Plan) {
         for run in &plan.runs {
             match run.owner {
-                Owner::Sample(g, s) => self.groups[g].samples[s].computed += run.rows,
+                Owner::Sample(g, s) => {
+                    let group = &mut self.groups[g];
+                    let sample = &mut group.samples[s];
+                    sample.computed += run.rows;
+                    // the newest token's row is new, whatever came before it
+                    let known = group.prompt.tokens.len() + sample.tokens.len();
+                    self.counts.recomputed_tokens += run.rows - usize::from(sample.computed == known);
+                }
                 Owner::Prompt(g) => {
-                    self.prefill_tokens += run.rows;
+                    self.counts.prefill_tokens += run.rows;
                     let group = &mut self.groups[g];
                     group.computed += run.rows;
-                    let mut hash = PrefixHash::root(self.version);
-                    let full = group.prompt.tokens[..group.computed].chunks_exact(BLOCK);
-                    for (block, &id) in full.zip(&group.table) {
-                        hash = hash.then(block);
-                        self.blocks.publish(id, hash);
+                    for full in group.published.1..group.computed / BLOCK {
+                        let block = &group.prompt.tokens[full * BLOCK..(full + 1) * BLOCK];
+                        group.published = (group.published.0.then(block), full + 1);
+                        self.blocks.publish(group.table[full], group.published.0);
                     }
                     if group.computed == group.prompt.tokens.len() {
                         group.phase = Phase::Ready;
