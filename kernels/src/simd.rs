@@ -2,7 +2,8 @@
 //!
 //! `Avx512` holds them in one register, `Avx2` in two, `Portable` in an array. All operations are exactly rounded (fused
 //! multiply-add, division, square root), and horizontal sums use one tree, so the three give the same bits.
-//! [`simd_fn!`] compiles a generic body for each set and picks one at run time.
+//! [`simd_fn!`] compiles a generic body for each set and picks one at run time. Bodies must not touch vectors in closures: a closure
+//! that is not inlined is compiled without the set's features, and every operation in it becomes a call.
 
 /// Lanes of a vector.
 pub(crate) const LANES: usize = 16;
@@ -24,6 +25,8 @@ pub(crate) trait Simd: Copy {
     /// # Safety
     /// 16 floats are writable at `p`.
     unsafe fn write(v: Self::V, p: *mut f32);
+    /// Asks for the cache line at `p`, which may be any address.
+    fn prefetch(p: *const f32);
     fn add(a: Self::V, b: Self::V) -> Self::V;
     fn sub(a: Self::V, b: Self::V) -> Self::V;
     fn mul(a: Self::V, b: Self::V) -> Self::V;
@@ -56,6 +59,7 @@ pub(crate) trait Simd: Copy {
     unsafe fn write_bf16(v: Self::V, p: *mut u16);
 
     /// Lane i holds `even[i]` in its low and `odd[i]` in its high half, rounded to bf16.
+    #[inline(always)]
     fn pair_bf16(even: Self::V, odd: Self::V) -> Self::V {
         let (even, odd) = (Self::to_array(even), Self::to_array(odd));
         let mut both = [0.0; LANES];
@@ -67,6 +71,7 @@ pub(crate) trait Simd: Copy {
     }
 
     /// From lanes that hold two halves each: 32 lanes (low a, low b), (high a, high b), lane after lane.
+    #[inline(always)]
     fn weave_bf16(a: Self::V, b: Self::V) -> (Self::V, Self::V) {
         let (a, b) = (Self::to_array(a), Self::to_array(b));
         let mut woven = [0.0; 2 * LANES];
@@ -81,13 +86,16 @@ pub(crate) trait Simd: Copy {
     /// Transposes 16 × 16.
     #[inline(always)]
     fn transpose(rows: &mut [Self::V; LANES]) {
-        let from = rows.map(Self::to_array);
-        for (i, row) in rows.iter_mut().enumerate() {
+        let mut from = [[0.0; LANES]; LANES];
+        for i in 0..LANES {
+            from[i] = Self::to_array(rows[i]);
+        }
+        for i in 0..LANES {
             let mut column = [0.0; LANES];
             for j in 0..LANES {
                 column[j] = from[j][i];
             }
-            *row = Self::load(&column);
+            rows[i] = Self::load(&column);
         }
     }
 
@@ -179,6 +187,8 @@ impl Simd for Portable {
         // SAFETY: promised by the caller.
         unsafe { p.cast::<[f32; LANES]>().write_unaligned(v) }
     }
+    #[inline(always)]
+    fn prefetch(_: *const f32) {}
     #[inline(always)]
     fn add(a: Self::V, b: Self::V) -> Self::V {
         lanewise!(|a, b| a + b)
@@ -293,6 +303,10 @@ mod x86 {
         #[inline(always)]
         unsafe fn write(v: __m512, p: *mut f32) {
             hw!(_mm512_storeu_ps(p, v))
+        }
+        #[inline(always)]
+        fn prefetch(p: *const f32) {
+            hw!(_mm_prefetch::<_MM_HINT_T0>(p.cast()));
         }
         #[inline(always)]
         fn add(a: __m512, b: __m512) -> __m512 {
@@ -455,6 +469,10 @@ mod x86 {
         unsafe fn write(v: Pair, p: *mut f32) {
             hw!(_mm256_storeu_ps(p, v.0));
             hw!(_mm256_storeu_ps(p.add(8), v.1));
+        }
+        #[inline(always)]
+        fn prefetch(p: *const f32) {
+            hw!(_mm_prefetch::<_MM_HINT_T0>(p.cast()));
         }
         #[inline(always)]
         fn add(a: Pair, b: Pair) -> Pair {

@@ -181,10 +181,13 @@ unsafe fn score_some<'a, 'b, S: Simd, const R: usize, const T: usize>(
     let mut sums = [[S::splat(0.0); T]; R];
     let q: [*const f32; R] = std::array::from_fn(|r| group[r].q.as_ptr());
     let k: [*const f32; T] = std::array::from_fn(|t| now[t].k.as_ptr());
+    // A tile is about a page; the hardware's own prefetch stops at its end.
+    let next: [*const f32; T] = std::array::from_fn(|t| rest.get(t).unwrap_or(&now[t]).k.as_ptr());
     for i in 0..d {
         for t in 0..T {
             // SAFETY: promised by the caller.
             let k = unsafe { S::read(k[t].add(i * LANES)) };
+            S::prefetch(next[t].wrapping_add(i * LANES));
             for r in 0..R {
                 // SAFETY: promised by the caller.
                 sums[r][t] = S::fma(S::splat(unsafe { *q[r].add(i) }), k, sums[r][t]);
@@ -350,13 +353,21 @@ unsafe fn weigh_columns<S: Simd, const R: usize, const C: usize>(
                 *sum = S::read(query.out.as_ptr().add(at + c * LANES));
             }
         }
-        for tile in tiles {
+        for (t, tile) in tiles.iter().enumerate() {
             let first = from.max(tile.start);
             let last = to.min(tile.start + tile.len);
+            // A tile is about a page; the hardware's own prefetch stops at its end.
+            let ahead = tiles.get(t + 1).map_or(0, |next| {
+                (next.v.as_ptr() as usize).wrapping_sub(tile.v.as_ptr() as usize) / size_of::<f32>()
+            });
             let mut v = tile.v.as_ptr().add((first - tile.start) * tile.v_stride + at);
             let mut weight = weights.as_ptr().add(first);
             for _ in first..last {
-                let values: [S::V; C] = std::array::from_fn(|c| S::read(v.add(c * LANES)));
+                let mut values = [S::splat(0.0); C];
+                for c in 0..C {
+                    values[c] = S::read(v.add(c * LANES));
+                    S::prefetch(v.wrapping_add(ahead + c * LANES));
+                }
                 for r in 0..R {
                     let w = S::splat(*weight.add(r * row));
                     for c in 0..C {

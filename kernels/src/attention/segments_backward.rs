@@ -222,35 +222,82 @@ simd_fn! {
         weigh_group::<S>(&mut swapped, slopes, row);
         let first = swapped.iter().map(|query| query.from).min().unwrap_or(0);
         let last = swapped.iter().map(|query| query.to).max().unwrap_or(0);
-        for (t, tile) in tiles.keys.iter().enumerate() {
-            for j in first.max(tile.start)..last.min(tile.start + tile.len) {
-                let at = (tiles.rows[t] + j - tile.start) * shape.stride();
-                // SAFETY: this item owns the head's gradients of all rows of the group; keys and values do not overlap.
-                let (dk, dv) = unsafe {
-                    (work.dqkv.part(at + shape.k_at(work.kv_head), d), work.dqkv.part(at + shape.v_at(work.kv_head), d))
-                };
-                by_count!(queries.len(), collect, (slopes, row, j, |r| queries[r].q, dk));
-                by_count!(queries.len(), collect, (weights, row, j, |r| outs[r].1, dv));
-            }
+        let mut q = [&[][..]; TOGETHER];
+        let mut dout = [&[][..]; TOGETHER];
+        for (r, query) in queries.iter().enumerate() {
+            (q[r], dout[r]) = (query.q, outs[r].1);
         }
+        let (k_at, v_at) = (shape.k_at(work.kv_head), shape.v_at(work.kv_head));
+        by_count!(queries.len(), collect, (&work, tiles, slopes, row, first, last, &q, k_at));
+        by_count!(queries.len(), collect, (&work, tiles, weights, row, first, last, &dout, v_at));
     }
 }
 
-/// sum += Σ coefficients[r][j]·x(r) over the R queries in order.
+/// Gradient rows first..last at column `at` += Σ coefficients[r][position]·x[r] over the R queries in order.
 #[inline(always)]
-fn collect<'a, S: Simd, const R: usize>(
+fn collect<S: Simd, const R: usize>(
+    work: &Work,
+    tiles: &Tiles,
     coefficients: &[f32],
     row: usize,
-    j: usize,
-    x: impl Fn(usize) -> &'a [f32],
+    first: usize,
+    last: usize,
+    x: &[&[f32]; TOGETHER],
+    at: usize,
+) {
+    let (d, stride) = (work.shape.head_dim, work.shape.stride());
+    assert!(coefficients.len() >= (R - 1) * row + last);
+    let mut i = 0;
+    while i < d {
+        let whole = S::MANY_REGISTERS && d - i >= 4 * LANES;
+        for (tile, start) in tiles.keys.iter().zip(&tiles.rows) {
+            for j in first.max(tile.start)..last.min(tile.start + tile.len) {
+                let from = (start + j - tile.start) * stride + at;
+                // SAFETY: this item owns the head's gradients of all rows of the group; one part is alive at a time.
+                let sum = unsafe { work.dqkv.part(from, d) };
+                if whole {
+                    // SAFETY: 64 columns from i on exist in the sum and in each x; the coefficients are checked.
+                    unsafe {
+                        collect_columns::<S, R>(coefficients.as_ptr().add(j), row, x, i, &mut sum[i..])
+                    };
+                } else {
+                    let mut v = S::load(&sum[i..]);
+                    for r in 0..R {
+                        v = S::fma(S::splat(coefficients[r * row + j]), S::load(&x[r][i..]), v);
+                    }
+                    S::store(v, &mut sum[i..]);
+                }
+            }
+        }
+        i += if whole { 4 * LANES } else { LANES };
+    }
+}
+
+/// # Safety
+/// `coefficient + r·row` is readable for r < R; `sum` and every x beyond `at` hold 64 elements.
+#[inline(always)]
+unsafe fn collect_columns<S: Simd, const R: usize>(
+    coefficient: *const f32,
+    row: usize,
+    x: &[&[f32]; TOGETHER],
+    at: usize,
     sum: &mut [f32],
 ) {
-    let coefficients: [S::V; R] = std::array::from_fn(|r| S::splat(coefficients[r * row + j]));
-    for i in (0..sum.len()).step_by(LANES) {
-        let mut v = S::load(&sum[i..]);
-        for r in 0..R {
-            v = S::fma(coefficients[r], S::load(&x(r)[i..]), v);
+    // SAFETY: promised by the caller.
+    unsafe {
+        let sum = sum.as_mut_ptr();
+        let mut v = [S::splat(0.0); 4];
+        for c in 0..4 {
+            v[c] = S::read(sum.add(c * LANES));
         }
-        S::store(v, &mut sum[i..]);
+        for r in 0..R {
+            let w = S::splat(*coefficient.add(r * row));
+            for c in 0..4 {
+                v[c] = S::fma(w, S::read(x[r].as_ptr().add(at + c * LANES)), v[c]);
+            }
+        }
+        for c in 0..4 {
+            S::write(v[c], sum.add(c * LANES));
+        }
     }
 }

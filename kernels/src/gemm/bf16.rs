@@ -153,12 +153,24 @@ simd_fn! {
         assert!(columns.is_multiple_of(LANES) && from.len() >= rows * columns);
         for (pair, to) in to.chunks_exact_mut(2 * columns).enumerate() {
             for c in (0..columns).step_by(LANES) {
-                let row = |r: usize| if r < rows { S::load(&from[r * columns + c..]) } else { S::splat(0.0) };
-                let both = S::pair_bf16(row(2 * pair), row(2 * pair + 1));
+                let both = S::pair_bf16(
+                    row_part::<S>(from, columns, 2 * pair, rows, c, columns),
+                    row_part::<S>(from, columns, 2 * pair + 1, rows, c, columns),
+                );
                 // SAFETY: 16 pairs of u16 are 16 floats' bytes, inside the chunk.
                 unsafe { S::write(both, to[2 * c..2 * c + 2 * LANES].as_mut_ptr().cast()) };
             }
         }
+    }
+}
+
+/// 16 elements of row r from column `at` on; zero beyond `rows` and `columns`.
+#[inline(always)]
+fn row_part<S: Simd>(x: &[f32], stride: usize, r: usize, rows: usize, at: usize, columns: usize) -> S::V {
+    if r < rows && at < columns {
+        S::load(&x[r * stride + at..r * stride + columns.min(at + LANES)])
+    } else {
+        S::splat(0.0)
     }
 }
 
@@ -319,10 +331,10 @@ simd_fn! {
     fn transpose_rows<S>(x: &[f32], stride: usize, rows: usize, columns: usize, to: &mut [u16]) {
         let mut pairs = [S::splat(0.0); LANES];
         for (i, pair) in pairs.iter_mut().enumerate() {
-            let row = |r: usize| {
-                if r < rows { S::load(&x[r * stride..r * stride + columns]) } else { S::splat(0.0) }
-            };
-            *pair = S::pair_bf16(row(2 * i), row(2 * i + 1));
+            *pair = S::pair_bf16(
+                row_part::<S>(x, stride, 2 * i, rows, 0, columns),
+                row_part::<S>(x, stride, 2 * i + 1, rows, 0, columns),
+            );
         }
         S::transpose(&mut pairs);
         for (pair, to) in pairs.into_iter().zip(to.chunks_exact_mut(STEP)) {
@@ -337,16 +349,12 @@ simd_fn! {
     fn pair_strided_rows<S>(x: &[f32], stride: usize, rows: usize, columns: usize, to: &mut [u16]) {
         for (pair, to) in to.chunks_exact_mut(2 * PANEL).enumerate() {
             for (half, to) in to.chunks_exact_mut(2 * LANES).enumerate() {
-                let row = |r: usize| {
-                    let at = half * LANES;
-                    if r < rows && at < columns {
-                        S::load(&x[r * stride + at..r * stride + columns.min(at + LANES)])
-                    } else {
-                        S::splat(0.0)
-                    }
-                };
+                let both = S::pair_bf16(
+                    row_part::<S>(x, stride, 2 * pair, rows, half * LANES, columns),
+                    row_part::<S>(x, stride, 2 * pair + 1, rows, half * LANES, columns),
+                );
                 // SAFETY: 16 pairs of u16, the chunk.
-                unsafe { S::write(S::pair_bf16(row(2 * pair), row(2 * pair + 1)), to.as_mut_ptr().cast()) };
+                unsafe { S::write(both, to.as_mut_ptr().cast()) };
             }
         }
     }
