@@ -676,6 +676,7 @@ impl<'a> StepBatch<'a> {
         }
         let totals = BatchTotals {
             tokens: mask.iter().filter(|m| **m).count(),
+            entropy_tokens: mask.iter().filter(|m| **m).count(),
             completions: offsets.len() - 1,
             max_new_tokens: sampling.max_new_tokens,
         };
@@ -713,6 +714,8 @@ impl<'a> StepBatch<'a> {
                 mask: &self.mask[from..to],
                 totals: self.totals,
                 kl_coefficient,
+                entropy_coefficient: objective.entropy_coefficient,
+                ..LossInputs::default()
             },
             objective,
         )

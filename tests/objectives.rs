@@ -1,0 +1,255 @@
+//! Properties that every objective must have: exact gradients, and no bit of them changed by a cut into micro-batches.
+
+use proptest::prelude::*;
+use rft_engine::loss::correction::{SamplerCorrection, WeightLevel, entropy_threshold, kl_cov};
+use rft_engine::loss::kl::{Estimator, Gradient, KlConfig};
+use rft_engine::loss::surrogate::{Cispo, Surrogate};
+use rft_engine::loss::{
+    Aggregation, BatchTotals, LossInputs, LossOutputs, LossSums, Objective, RatioLevel, policy_loss, presets,
+};
+
+/// A step of a few completions with ragged lengths.
+#[derive(Debug, Clone)]
+struct Step {
+    offsets: Vec<usize>,
+    new: Vec<f32>,
+    old: Vec<f32>,
+    reference: Vec<f32>,
+    sampler: Vec<f32>,
+    entropy: Vec<f32>,
+    advantages: Vec<f32>,
+    mask: Vec<bool>,
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let token =
+        (-3.0f32..-0.05, -0.5f32..0.5, -0.5f32..0.5, -0.3f32..0.3, 0.1f32..3.0, prop::bool::weighted(0.85));
+    let row = (prop::collection::vec(token, 1..7), -2.0f32..2.0);
+    prop::collection::vec(row, 2..6).prop_map(|rows| {
+        let mut s = Step {
+            offsets: vec![0],
+            new: vec![],
+            old: vec![],
+            reference: vec![],
+            sampler: vec![],
+            entropy: vec![],
+            advantages: vec![],
+            mask: vec![],
+        };
+        for (tokens, advantage) in rows {
+            for (new, moved, apart, stale, entropy, mask) in tokens {
+                s.new.push(new);
+                s.old.push((new - moved).min(-0.01));
+                s.reference.push((new - apart).min(-0.01));
+                s.sampler.push((new - moved - stale).min(-0.01));
+                s.entropy.push(entropy);
+                s.advantages.push(advantage);
+                s.mask.push(mask);
+            }
+            s.offsets.push(s.new.len());
+        }
+        s
+    })
+}
+
+/// What is fixed before the loss, for the whole step.
+struct Fixed {
+    weights: Option<Vec<f32>>,
+    drift: Option<Vec<f32>>,
+    threshold: Option<f32>,
+    totals: BatchTotals,
+}
+
+impl Step {
+    fn fix(&self, objective: &Objective) -> Fixed {
+        let threshold = (objective.top_entropy < 1.0)
+            .then(|| entropy_threshold(&self.entropy, &self.mask, objective.top_entropy))
+            .flatten();
+        let counted = |t: &usize| self.mask[*t] && threshold.is_none_or(|h| self.entropy[*t] >= h);
+        Fixed {
+            weights: objective
+                .sampler_correction
+                .map(|c| c.weights(&self.offsets, &self.old, &self.sampler, &self.mask)),
+            drift: None,
+            threshold,
+            totals: BatchTotals {
+                tokens: self.mask.iter().filter(|m| **m).count(),
+                entropy_tokens: (0..self.mask.len()).filter(counted).count(),
+                completions: self.offsets.len() - 1,
+                max_new_tokens: 8,
+            },
+        }
+    }
+
+    fn run(&self, rows: std::ops::Range<usize>, objective: &Objective, fixed: &Fixed) -> LossOutputs {
+        let (from, to) = (self.offsets[rows.start], self.offsets[rows.end]);
+        let offsets: Vec<usize> = self.offsets[rows.start..=rows.end].iter().map(|o| o - from).collect();
+        let inputs = LossInputs {
+            offsets: &offsets,
+            new: &self.new[from..to],
+            old: &self.old[from..to],
+            reference: Some(&self.reference[from..to]),
+            sampler: Some(&self.sampler[from..to]),
+            entropy: &self.entropy[from..to],
+            advantages: &self.advantages[from..to],
+            mask: &self.mask[from..to],
+            weights: fixed.weights.as_deref().map(|w| &w[from..to]),
+            drift: fixed.drift.as_deref().map(|d| &d[from..to]),
+            entropy_threshold: fixed.threshold,
+            totals: fixed.totals,
+            kl_coefficient: 0.1,
+            entropy_coefficient: objective.entropy_coefficient,
+        };
+        policy_loss(&inputs, objective)
+    }
+}
+
+/// Every preset, and settings that no preset has.
+fn objectives() -> Vec<(String, Objective)> {
+    let mut all: Vec<(String, Objective)> =
+        presets::NAMES.iter().map(|n| (n.to_string(), presets::preset(n).unwrap().0)).collect();
+    let levels = [
+        RatioLevel::Token,
+        RatioLevel::Sequence,
+        RatioLevel::SequenceToken,
+        RatioLevel::Product,
+        RatioLevel::Geometric,
+    ];
+    let aggregations = [
+        Aggregation::Token,
+        Aggregation::Sequence,
+        Aggregation::SequenceSum,
+        Aggregation::Constant,
+        Aggregation::Sum,
+    ];
+    for ratio in levels {
+        for aggregation in aggregations {
+            for estimator in [Estimator::K1, Estimator::K2, Estimator::K3, Estimator::Abs] {
+                for gradient in [Gradient::Plain, Gradient::StraightThrough, Gradient::Weighted] {
+                    let kl = KlConfig { coefficient: 0.1, estimator, gradient, ..KlConfig::default() };
+                    let objective =
+                        Objective { ratio, aggregation, clip_high: 0.28, kl, ..Objective::default() };
+                    all.push((format!("{ratio:?} {aggregation:?} {estimator:?} {gradient:?}"), objective));
+                }
+            }
+        }
+    }
+    let token_weights = SamplerCorrection { level: WeightLevel::Token, max: Some(1.1), ..Default::default() };
+    let extras = Objective {
+        entropy_coefficient: 0.05,
+        top_entropy: 0.6,
+        off_policy_limit: Some(0.05),
+        delta: Some(1.4),
+        dual_clip: Some(1.3),
+        sampler_correction: Some(token_weights),
+        ..Objective::default()
+    };
+    for ratio in levels {
+        all.push((format!("extras {ratio:?}"), Objective { ratio, ..extras.clone() }));
+        let surrogate = Surrogate::Cispo(Cispo { min: 0.8, max: 1.2 });
+        all.push((format!("cispo {ratio:?}"), Objective { ratio, surrogate, ..extras.clone() }));
+    }
+    all
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+
+    #[test]
+    fn cutting_a_step_changes_no_bit_of_the_gradient(step in step(), cut in 1usize..5) {
+        let rows = step.offsets.len() - 1;
+        let cut = cut.min(rows - 1);
+        for (name, objective) in objectives() {
+            let mut fixed = step.fix(&objective);
+            if name == "ppo" {
+                fixed.drift = Some(kl_cov(&step.new, &step.advantages, &step.mask, 0.3, 1.0));
+            }
+            let whole = step.run(0..rows, &objective, &fixed);
+            let (a, b) = (step.run(0..cut, &objective, &fixed), step.run(cut..rows, &objective, &fixed));
+            prop_assert_eq!(&whole.d_new, &[a.d_new, b.d_new].concat(), "{}", name);
+            prop_assert_eq!(&whole.d_entropy, &[a.d_entropy, b.d_entropy].concat(), "{}", name);
+            let mut sums = LossSums::default();
+            sums.add(&a.sums);
+            sums.add(&b.sums);
+            prop_assert!((whole.sums.loss - sums.loss).abs() < 1e-12 * whole.sums.loss.abs().max(1.0), "{}", name);
+            prop_assert_eq!((whole.sums.tokens, whole.sums.clipped), (sums.tokens, sums.clipped));
+            prop_assert_eq!(whole.sums.ratio_max_dev, sums.ratio_max_dev);
+        }
+    }
+
+    #[test]
+    fn gradients_match_finite_differences(step in step()) {
+        let rows = step.offsets.len() - 1;
+        for (name, objective) in objectives() {
+            // a detached factor or a straight-through value has, by design, another gradient than its loss
+            let detached = !matches!(objective.surrogate, Surrogate::Clip | Surrogate::Sapo(_) | Surrogate::Reinforce);
+            let own_tokens = objective.ratio == RatioLevel::SequenceToken;
+            if detached || own_tokens || objective.kl.gradient == Gradient::StraightThrough {
+                continue;
+            }
+            let fixed = step.fix(&objective);
+            let out = step.run(0..rows, &objective, &fixed);
+            let loss = |t: usize, h: f32| {
+                let mut moved = step.clone();
+                moved.new[t] += h;
+                step_loss(&moved, rows, &objective, &fixed, moved.new[t] - step.new[t])
+            };
+            for t in 0..step.new.len() {
+                let ((up, du), (down, dd)) = (loss(t, 1e-3), loss(t, -1e-3));
+                let (at, _) = step_loss(&step, rows, &objective, &fixed, 0.0);
+                let (right, left) = ((up - at) / f64::from(du), (at - down) / f64::from(-dd));
+                let (low, high) = (left.min(right), left.max(right));
+                let got = f64::from(out.d_new[t]);
+                // the secants bracket the derivative; at a kink it is one of theirs
+                let slack = 2e-5 * (1.0 + got.abs());
+                let near = got > low - slack && got < high + slack;
+                prop_assert!(near, "{} token {}: {} not in {}..{}", name, t, got, low, high);
+            }
+        }
+    }
+}
+
+fn step_loss(step: &Step, rows: usize, objective: &Objective, fixed: &Fixed, moved: f32) -> (f64, f32) {
+    (step.run(0..rows, objective, fixed).sums.loss, moved)
+}
+
+#[test]
+fn a_masked_token_has_no_gradient_and_counts_nowhere() {
+    let step = Step {
+        offsets: vec![0, 2, 3],
+        new: vec![-1.0, -0.5, -2.0],
+        old: vec![-1.1, -0.9, -2.05],
+        reference: vec![-1.3, -0.4, -2.5],
+        sampler: vec![-1.1, -0.9, -2.05],
+        entropy: vec![0.9, 0.8, 1.2],
+        advantages: vec![1.3, 1.3, -0.8],
+        mask: vec![true, false, true],
+    };
+    for (name, objective) in objectives() {
+        let fixed = step.fix(&objective);
+        let out = step.run(0..2, &objective, &fixed);
+        assert_eq!((out.d_new[1], out.d_entropy[1], out.sums.tokens), (0.0, 0.0, 2), "{name}");
+        let changed = Step { new: vec![-1.0, -7.5, -2.0], ..step.clone() };
+        assert_eq!(changed.run(0..2, &objective, &fixed), out, "{name}");
+    }
+}
+
+#[test]
+fn on_policy_the_ratio_is_exactly_one_and_nothing_is_clipped() {
+    let new = vec![-1.0, -0.5, -2.0, -0.7];
+    let step = Step {
+        offsets: vec![0, 3, 4],
+        old: new.clone(),
+        reference: new.clone(),
+        sampler: new.clone(),
+        new,
+        entropy: vec![0.9, 0.8, 1.2, 0.3],
+        advantages: vec![1.3, 1.3, 1.3, -0.8],
+        mask: vec![true; 4],
+    };
+    for (name, objective) in objectives() {
+        let out = step.run(0..2, &objective, &step.fix(&objective));
+        let sums = out.sums;
+        assert_eq!((sums.ratio_max_dev, sums.ratio, sums.clipped, sums.moved), (0.0, 4.0, 0, 0.0), "{name}");
+    }
+}
