@@ -3,7 +3,7 @@
 use super::answer::{fences, last_answer};
 use super::{Bbox, BoxError, MAX_BOXES, check_length};
 use crate::tools::py::{self, Py, strip};
-use crate::tools::pyexpr;
+use crate::tools::pyexpr::{self, Names};
 use regex::Regex;
 use serde::Serialize;
 use std::sync::LazyLock;
@@ -67,7 +67,7 @@ pub fn read_boxes(text: &str) -> Result<ReadBoxes, BoxError> {
 }
 
 fn value_of(text: &str) -> Option<Py> {
-    py::loads(text).or_else(|| pyexpr::literal(&pyexpr::parse(text)?, true))
+    py::loads(text).or_else(|| pyexpr::literal(&pyexpr::parse(text)?, Names::JsonWords))
 }
 
 fn amid_prose(text: &str, boxes: &mut Vec<ReadBox>) {

@@ -130,7 +130,7 @@ pub fn parse_with(text: &str, format: Format, options: &ParseOptions) -> Result<
         Format::Qwen3Xml => tagged::qwen3_xml(text),
         Format::Qwen25CoderTools => json_calls::qwen25_coder(text),
         Format::PlainJson => json_calls::plain_json(text),
-        Format::KimiK2 => tagged::kimi_k2(text),
+        Format::KimiK2 => tagged::kimi_k2(text, exact),
         Format::Step3 => tagged::step3(text),
     };
     if let Some(tools) = &options.tools {

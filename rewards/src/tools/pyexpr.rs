@@ -23,10 +23,11 @@ pub(crate) enum Expr {
     Other,
 }
 
-/// `name(positional…, key=value…)`; `source` is the byte range of the whole call.
+/// `name(positional…, key=value…)`: positional values are only counted; `source` is the byte range of the whole call.
 #[derive(Debug, Clone)]
 pub(crate) struct Call {
     pub(crate) name: String,
+    pub(crate) positional: usize,
     pub(crate) keywords: Vec<(String, Expr)>,
     pub(crate) source: Range<usize>,
 }
@@ -200,9 +201,11 @@ impl Parser<'_> {
                     };
                 }
                 Some('(') => {
-                    let keywords = self.arguments()?;
+                    let (positional, keywords) = self.arguments()?;
                     expr = match expr {
-                        Expr::Name(name) => Expr::Call(Call { name, keywords, source: start..self.at }),
+                        Expr::Name(name) => {
+                            Expr::Call(Call { name, positional, keywords, source: start..self.at })
+                        }
                         _ => Expr::Other,
                     };
                 }
@@ -222,14 +225,15 @@ impl Parser<'_> {
         }
     }
 
-    /// `(…)` of a call: positional values are read and dropped, a repeated keyword is an error, as in Python.
-    fn arguments(&mut self) -> Option<Vec<(String, Expr)>> {
+    /// `(…)` of a call: how many positional values, and the keywords; a repeated keyword is an error, as in Python.
+    fn arguments(&mut self) -> Option<(usize, Vec<(String, Expr)>)> {
         self.at += 1;
+        let mut positional = 0;
         let mut keywords: Vec<(String, Expr)> = Vec::new();
         let mut seen = std::collections::HashSet::new();
         loop {
             if self.eat(")") {
-                return Some(keywords);
+                return Some((positional, keywords));
             }
             self.space();
             let rewind = self.at;
@@ -246,13 +250,14 @@ impl Parser<'_> {
                 _ => {
                     self.at = rewind;
                     self.expr()?;
+                    positional += 1;
                     if !keywords.is_empty() {
                         return None;
                     }
                 }
             }
             if self.eat(")") {
-                return Some(keywords);
+                return Some((positional, keywords));
             }
             if !self.eat(",") {
                 return None;
@@ -550,25 +555,36 @@ fn floor_div(a: &BigInt, b: &BigInt) -> BigInt {
     if !exact && (a.sign() != b.sign()) { quotient - 1 } else { quotient }
 }
 
-/// The JSON-like value of a literal expression; `words` also takes the names `true`, `false`, `null`.
-pub(crate) fn literal(expr: &Expr, words: bool) -> Option<Py> {
+/// What a bare name stands for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Names {
+    /// Nothing: it has no value.
+    Reject,
+    /// `true`, `false` and `null` for their values.
+    JsonWords,
+    /// Its own text.
+    Text,
+}
+
+/// The JSON-like value of a literal expression.
+pub(crate) fn literal(expr: &Expr, names: Names) -> Option<Py> {
+    let all = |items: &[Expr]| items.iter().map(|item| literal(item, names)).collect::<Option<Vec<Py>>>();
     match expr {
         Expr::Const(value) => Some(value.clone()),
-        Expr::List(items) => Some(Py::List(items.iter().map(|e| literal(e, words)).collect::<Option<_>>()?)),
-        Expr::Tuple(items) => {
-            Some(Py::Tuple(items.iter().map(|e| literal(e, words)).collect::<Option<_>>()?))
-        }
+        Expr::List(items) => all(items).map(Py::List),
+        Expr::Tuple(items) => all(items).map(Py::Tuple),
         Expr::Dict(entries) => {
             let mut dict = Dict::default();
             for (key, value) in entries {
-                dict.insert(key_text(&literal(key, words)?)?, literal(value, words)?);
+                dict.insert(key_text(&literal(key, names)?)?, literal(value, names)?);
             }
             Some(Py::Dict(dict))
         }
-        Expr::Name(name) if words => match name.as_str() {
-            "true" => Some(Py::Bool(true)),
-            "false" => Some(Py::Bool(false)),
-            "null" => Some(Py::None),
+        Expr::Name(name) => match (names, name.as_str()) {
+            (Names::Text, text) => Some(Py::Str(text.to_owned())),
+            (Names::JsonWords, "true") => Some(Py::Bool(true)),
+            (Names::JsonWords, "false") => Some(Py::Bool(false)),
+            (Names::JsonWords, "null") => Some(Py::None),
             _ => None,
         },
         _ => None,
@@ -599,11 +615,12 @@ mod tests {
         .unwrap();
         assert_eq!(calls.len(), 3);
         assert_eq!(calls[0].name, "a.b");
-        let values: Vec<_> = calls[0].keywords.iter().map(|(_, e)| literal(e, false).unwrap()).collect();
+        let values: Vec<_> =
+            calls[0].keywords.iter().map(|(_, e)| literal(e, Names::Reject).unwrap()).collect();
         assert_eq!(values[0], Py::Str("it's".into()));
         assert_eq!(values[1], Py::Int((-3).into()));
         assert_eq!(values[5], Py::Str("ab".into()));
-        assert_eq!(literal(&calls[2].keywords[0].1, false).unwrap(), Py::Int(7.into()));
+        assert_eq!(literal(&calls[2].keywords[0].1, Names::Reject).unwrap(), Py::Int(7.into()));
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use super::json_calls::{before, blocks};
 use super::py::{self, Dict, Py, strip};
-use super::pyexpr::{self, Call as PyCall, literal};
+use super::pyexpr::{self, Call as PyCall, Names, literal};
 use super::{Call, Parsed};
 use regex::Regex;
 use serde_json::Value;
@@ -12,10 +12,10 @@ fn regex(pattern: &str) -> Regex {
     Regex::new(pattern).expect("a constant pattern")
 }
 
-fn python_call(call: &PyCall, words: bool) -> Option<Call> {
+fn python_call(call: &PyCall, names: Names) -> Option<Call> {
     let mut arguments = Dict::default();
     for (key, value) in &call.keywords {
-        arguments.insert(key.clone(), literal(value, words)?);
+        arguments.insert(key.clone(), literal(value, names)?);
     }
     Some(Call { name: call.name.clone(), arguments: Py::Dict(arguments).to_json()? })
 }
@@ -29,7 +29,7 @@ pub(super) fn pythonic(text: &str, exact: bool) -> Parsed {
         return Parsed::none(text);
     }
     let calls = pyexpr::parse_calls(body).unwrap_or_default();
-    let calls: Vec<Call> = calls.iter().filter_map(|call| python_call(call, false)).collect();
+    let calls: Vec<Call> = calls.iter().filter_map(|call| python_call(call, Names::Reject)).collect();
     if calls.is_empty() { Parsed::none(text) } else { Parsed::of(calls, "") }
 }
 
@@ -41,8 +41,12 @@ fn pythonic_block(text: &str) -> Parsed {
     let Some(block) = BLOCK.find(&cleaned) else {
         return Parsed::none(text);
     };
+    let whole = |call: &PyCall| {
+        let plain = call.positional == 0 && !call.name.contains('.');
+        if plain { python_call(call, Names::Text) } else { None }
+    };
     let calls = pyexpr::parse_calls(block.as_str())
-        .and_then(|calls| calls.iter().map(|call| python_call(call, false)).collect::<Option<Vec<Call>>>());
+        .and_then(|calls| calls.iter().map(whole).collect::<Option<Vec<Call>>>());
     match calls {
         Some(calls) if !calls.is_empty() => {
             Parsed::of(calls, &format!("{}{}", &cleaned[..block.start()], &cleaned[block.end()..]))
@@ -52,10 +56,13 @@ fn pythonic_block(text: &str) -> Parsed {
 }
 
 pub(super) fn llama4(text: &str, exact: bool) -> Parsed {
+    if exact {
+        return pythonic_block(text);
+    }
     let body = strip(text);
     let body = body.strip_prefix("<|python_start|>").unwrap_or(body);
     let body = body.strip_suffix("<|python_end|>").unwrap_or(body);
-    let parsed = pythonic(body, exact);
+    let parsed = pythonic(body, false);
     if parsed.called { parsed } else { Parsed::none(text) }
 }
 
@@ -69,7 +76,7 @@ pub(super) fn olmo3(text: &str) -> Parsed {
     let parsed =
         whole.map(|calls| calls.into_iter().flatten().collect()).or_else(|| pyexpr::parse_calls(body));
     let calls: Vec<PyCall> = parsed.unwrap_or_default();
-    let calls: Vec<Call> = calls.iter().filter_map(|call| python_call(call, true)).collect();
+    let calls: Vec<Call> = calls.iter().filter_map(|call| python_call(call, Names::JsonWords)).collect();
     if calls.is_empty() { Parsed::none(text) } else { Parsed::of(calls, "") }
 }
 
@@ -100,7 +107,7 @@ fn deepseek_call(body: &str, exact: bool) -> Option<Call> {
     Some(Call { name: strip(name).to_owned(), arguments })
 }
 
-pub(super) fn kimi_k2(text: &str) -> Parsed {
+pub(super) fn kimi_k2(text: &str, exact: bool) -> Parsed {
     const SECTION: &str = "<|tool_calls_section_begin|>";
     static CALL: LazyLock<Regex> = LazyLock::new(|| {
         regex(
@@ -112,6 +119,7 @@ pub(super) fn kimi_k2(text: &str) -> Parsed {
     }
     let calls: Vec<Call> = CALL
         .captures_iter(text)
+        .filter(|found| !exact || !found[1].contains('-'))
         .filter_map(|found| {
             let arguments = py::loads(&found[2])?.to_json()?;
             Some(Call { name: found[1].to_owned(), arguments })
@@ -131,7 +139,7 @@ pub(super) fn step3(text: &str) -> Parsed {
     }
     let read = |body: &str| {
         let (kind, invoke) = body.split_once("<｜tool_sep｜>")?;
-        if kind.trim() != "function" {
+        if !kind.contains("function") || invoke.contains("<｜tool_sep｜>") {
             return None;
         }
         let found = INVOKE.captures(invoke)?;
