@@ -80,6 +80,12 @@ impl Budget {
         self.steps.get()
     }
 
+    /// Time and steps that are left.
+    pub(crate) fn left(&self) -> (Duration, u64) {
+        let time = self.deadline.get().saturating_duration_since(Instant::now());
+        (time, self.max_steps.get().saturating_sub(self.steps.get()))
+    }
+
     pub(crate) fn reseed(&self, key: u64) {
         self.random.set(mix(self.random.get() ^ mix(key)));
     }

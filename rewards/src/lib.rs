@@ -7,6 +7,7 @@
 
 pub mod boxes;
 mod budget;
+mod guards;
 mod host;
 pub mod math;
 mod outcome;

@@ -6,17 +6,17 @@
 //! call tripped a limit is thrown away.
 
 use std::cell::RefCell;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
 
 use mlua::chunk::ChunkMode;
-use mlua::serde::SerializeOptions;
 use mlua::{
-    Error as LuaError, Function, Lua, LuaOptions, LuaSerdeExt, MultiValue, StdLib, Table, Value, Variadic,
-    VmState,
+    Error as LuaError, Function, Lua, LuaOptions, MultiValue, StdLib, Table, Value, Variadic, VmState,
 };
 
 use crate::budget::{Budget, random_key};
-use crate::host;
+use crate::guards;
+use crate::host::{self, convert::from_json};
 use crate::returned::{Returned, read_group, read_reward};
 use crate::script::Script;
 use crate::types::{Context, ErrorKind, Limits, RewardError, Sample};
@@ -39,6 +39,8 @@ pub(crate) struct Sandbox {
 struct Vm {
     lua: Lua,
     budget: Rc<Budget>,
+    /// Bytes that the VM holds before any call.
+    settled: usize,
 }
 
 /// Runs a script's top level once and checks that it defines a reward.
@@ -103,43 +105,58 @@ impl Sandbox {
     }
 
     /// Runs `call` within the limits; its failure becomes a [`RewardError`], and a tripped VM is dropped.
-    fn with_vm<T>(
-        &self,
-        random: u64,
-        call: impl FnOnce(&Vm) -> Result<T, LuaError>,
-    ) -> Result<T, RewardError> {
+    ///
+    /// Out of memory in a VM that served before is tried again in a fresh one, so that the garbage of other samples never
+    /// decides.
+    fn with_vm<T>(&self, random: u64, call: impl Fn(&Vm) -> Result<T, LuaError>) -> Result<T, RewardError> {
         let mut slot = self.vm.borrow_mut();
-        let vm = match slot.take() {
-            Some(vm) => vm,
-            None => Vm::new(&self.limits).map_err(|e| {
-                self.script.error(ErrorKind::Runtime, format!("the sandbox did not start: {e}"), None)
-            })?,
-        };
-        vm.budget.start(&self.limits, random);
-        let result = call(&vm);
-        match (result, vm.budget.tripped()) {
-            (Ok(value), None) => {
-                *slot = Some(vm);
-                Ok(value)
-            }
-            (result, Some(kind)) => {
-                let line =
-                    vm.budget.line().or_else(|| result.err().and_then(|e| line_of(&e, self.script.name())));
-                let message = match kind {
-                    ErrorKind::Instructions => {
-                        format!("more than {} calls and loop turns", vm.budget.steps())
-                    }
-                    _ => format!("longer than {} ms", self.limits.time_ms),
-                };
-                Err(self.script.error(kind, message, line))
-            }
-            (Err(error), None) => {
-                let memory = is_memory(&error);
-                let failure = self.failure(&error, memory);
-                if !memory {
-                    *slot = Some(vm);
+        loop {
+            let used = slot.take();
+            let fresh = used.is_none();
+            let vm = match used {
+                Some(vm) => vm,
+                None => Vm::new(&self.limits).map_err(|e| {
+                    self.script.error(ErrorKind::Runtime, format!("the sandbox did not start: {e}"), None)
+                })?,
+            };
+            if vm.lua.used_memory() > vm.settled + self.limits.memory_bytes / 8 {
+                // a collection can only fail where a script has left a trap; then the VM is not worth keeping
+                if vm.lua.gc_collect().is_err() {
+                    continue;
                 }
-                Err(failure)
+            }
+            vm.budget.start(&self.limits, random);
+            let result = catch_unwind(AssertUnwindSafe(|| call(&vm)));
+            let Ok(result) = result else {
+                let message = "a host function panicked; please report the script and the sample";
+                return Err(self.script.error(ErrorKind::Runtime, message, None));
+            };
+            match (result, vm.budget.tripped()) {
+                (Ok(value), None) => {
+                    *slot = Some(vm);
+                    return Ok(value);
+                }
+                (result, Some(kind)) => {
+                    let from_error = || result.err().and_then(|e| line_of(&e, self.script.name()));
+                    let line = vm.budget.line().or_else(from_error);
+                    let message = match kind {
+                        ErrorKind::Instructions => {
+                            let most = self.limits.instructions.unwrap_or(u64::MAX);
+                            format!("took more than {most} steps (calls and loop turns)")
+                        }
+                        _ => format!("ran longer than {} ms", self.limits.time_ms),
+                    };
+                    return Err(self.script.error(kind, message, line));
+                }
+                (Err(error), None) if is_memory(&error) && !fresh => {}
+                (Err(error), None) => {
+                    let memory = is_memory(&error);
+                    let failure = self.failure(&error, memory);
+                    if !memory {
+                        *slot = Some(vm);
+                    }
+                    return Err(failure);
+                }
             }
         }
     }
@@ -192,40 +209,47 @@ fn line_of(error: &LuaError, name: &str) -> Option<u32> {
     })
 }
 
+/// A VM with the pure libraries and, with `library`, `rft`; read-only and under the limits' interrupt and memory.
+pub(crate) fn bare(limits: &Limits, library: bool) -> Result<(Lua, Rc<Budget>), LuaError> {
+    let libs = StdLib::MATH | StdLib::STRING | StdLib::TABLE | StdLib::UTF8 | StdLib::BIT | StdLib::BUFFER;
+    let lua = Lua::new_with(libs, LuaOptions::new().catch_rust_panics(true))?;
+    let budget = Rc::new(Budget::new());
+    let globals = lua.globals();
+    for name in FORBIDDEN {
+        globals.set(name, Value::Nil)?;
+    }
+    guards::install(&lua)?;
+    install_math(&lua, &budget)?;
+    let printer = Rc::clone(&budget);
+    let print = move |_: &Lua, values: Variadic<Value>| {
+        let parts: Result<Vec<String>, LuaError> = values.iter().map(|v| v.to_string()).collect();
+        if let Some(line) = printer.printable(parts?.join("\t")).filter(|_| library) {
+            eprintln!("[lua] {line}");
+        }
+        Ok(())
+    };
+    globals.set("print", lua.create_function(print)?)?;
+    if library {
+        globals.set("rft", host::library(&lua, &budget)?)?;
+    }
+    lua.sandbox(true)?;
+    let ticking = Rc::clone(&budget);
+    lua.set_interrupt(move |lua| match ticking.charge(1) {
+        None => Ok(VmState::Continue),
+        Some(_) => {
+            ticking.set_line(lua.inspect_stack(0, |d| d.current_line().map(|l| l as u32)).flatten());
+            Err(LuaError::runtime("limit reached"))
+        }
+    });
+    lua.set_memory_limit(lua.used_memory() + limits.memory_bytes)?;
+    Ok((lua, budget))
+}
+
 impl Vm {
     fn new(limits: &Limits) -> Result<Self, LuaError> {
-        let libs =
-            StdLib::MATH | StdLib::STRING | StdLib::TABLE | StdLib::UTF8 | StdLib::BIT | StdLib::BUFFER;
-        let lua = Lua::new_with(libs, LuaOptions::new().catch_rust_panics(true))?;
-        let budget = Rc::new(Budget::new());
-        let globals = lua.globals();
-        for name in FORBIDDEN {
-            globals.set(name, Value::Nil)?;
-        }
-        install_math(&lua, &budget)?;
-        let printer = Rc::clone(&budget);
-        globals.set(
-            "print",
-            lua.create_function(move |_, values: Variadic<Value>| {
-                let parts: Result<Vec<String>, LuaError> = values.iter().map(|v| v.to_string()).collect();
-                if let Some(line) = printer.printable(parts?.join("\t")) {
-                    eprintln!("[lua] {line}");
-                }
-                Ok(())
-            })?,
-        )?;
-        globals.set("rft", host::library(&lua, &budget)?)?;
-        lua.sandbox(true)?;
-        let ticking = Rc::clone(&budget);
-        lua.set_interrupt(move |lua| match ticking.charge(1) {
-            None => Ok(VmState::Continue),
-            Some(_) => {
-                ticking.set_line(lua.inspect_stack(0, |d| d.current_line().map(|l| l as u32)).flatten());
-                Err(LuaError::runtime("limit reached"))
-            }
-        });
-        lua.set_memory_limit(lua.used_memory() + limits.memory_bytes)?;
-        Ok(Self { lua, budget })
+        let (lua, budget) = bare(limits, true)?;
+        let settled = lua.used_memory();
+        Ok(Self { lua, budget, settled })
     }
 
     /// A fresh environment in which the script's top level has run.
@@ -241,12 +265,9 @@ impl Vm {
         Ok(env)
     }
 
+    /// A field of a row: as JSON, but an absent value is nil.
     fn to_lua(&self, value: &serde_json::Value) -> Result<Value, LuaError> {
-        let options = SerializeOptions::new()
-            .set_array_metatable(false)
-            .serialize_none_to_null(false)
-            .serialize_unit_to_null(false);
-        self.lua.to_value_with(value, options)
+        if value.is_null() { Ok(Value::Nil) } else { from_json(&self.lua, value) }
     }
 
     fn sample(&self, sample: &Sample) -> Result<Table, LuaError> {
@@ -257,6 +278,12 @@ impl Vm {
         table.raw_set("id", sample.id.as_str())?;
         table.raw_set("completion", sample.completion.as_str())?;
         table.raw_set("prompt", sample.prompt.as_str())?;
+        if !sample.tokens.is_empty() {
+            table.raw_set("tokens", self.lua.create_sequence_from(sample.tokens.iter().copied())?)?;
+        }
+        if !sample.finish_reason.is_empty() {
+            table.raw_set("finish_reason", sample.finish_reason.as_str())?;
+        }
         Ok(table)
     }
 
