@@ -44,3 +44,53 @@ pub(crate) fn tanh<S: Simd>(x: S::V) -> S::V {
     let small = S::fma(S::mul(x, square), p, x);
     S::select_lt(size, S::splat(0.25), small, large)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::simd::{LANES, simd_fn};
+
+    simd_fn! {
+        fn apply<S>(function: usize, x: &[f32; LANES]) -> [f32; LANES] {
+            S::to_array(match function {
+                0 => exp::<S>(S::load(x)),
+                1 => tanh::<S>(S::load(x)),
+                _ => sigmoid::<S>(S::load(x)),
+            })
+        }
+    }
+
+    /// Distance in units of the last place of the exact value.
+    fn ulps(got: f32, want: f64) -> f64 {
+        let unit =
+            f64::from(f32::from_bits((want.abs() as f32).to_bits() + 1)) - f64::from(want.abs() as f32);
+        (f64::from(got) - want).abs() / unit
+    }
+
+    #[test]
+    fn exp_tanh_and_sigmoid_are_within_their_ulps() {
+        let exact: [fn(f64) -> f64; 3] = [f64::exp, f64::tanh, |x| 1.0 / (1.0 + (-x).exp())];
+        for (function, (exact, most)) in exact.into_iter().zip([2.0, 3.0, 3.0]).enumerate() {
+            let mut worst = (0.0, 0.0);
+            for i in -54_000..54_000i32 {
+                let x: [f32; LANES] = std::array::from_fn(|lane| (i as f32 + lane as f32 / 16.0) * 0.0016);
+                for (x, y) in x.into_iter().zip(apply(function, &x)) {
+                    let error = ulps(y, exact(f64::from(x)));
+                    if error > worst.0 {
+                        worst = (error, x);
+                    }
+                }
+            }
+            assert!(worst.0 <= most, "function {function}: {} ulp at {}", worst.0, worst.1);
+        }
+    }
+
+    #[test]
+    fn exp_is_right_at_the_ends() {
+        let mut x = [0.0; LANES];
+        x[..6].copy_from_slice(&[f32::NEG_INFINITY, -1e30, -105.0, 89.0, f32::INFINITY, f32::NAN]);
+        let y = apply(0, &x);
+        assert_eq!(y[..5], [0.0, 0.0, 0.0, f32::INFINITY, f32::INFINITY]);
+        assert!(y[5].is_nan() && y[6] == 1.0);
+    }
+}

@@ -2,7 +2,8 @@
 //!
 //! Both walk keys by logical position with one rule, so that they give the same bits for the same sequence:
 //! a score is one chain over the head dimension; scores lie in logical order; their maximum is exact; exponentials are summed
-//! in 16 lanes by position mod 16, then one tree; an output is one chain over positions ascending, divided by the sum at the end.
+//! in 16 lanes by position mod 16, then one tree; each is multiplied by the sum's reciprocal; an output is one chain of
+//! probability times value over positions ascending.
 //! How keys are stored (pages, spans), which rows are worked on together, and who works on them is not part of the rule.
 
 mod core;

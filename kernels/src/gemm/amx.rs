@@ -44,13 +44,13 @@ fn request() -> bool {
 pub(super) const TILE: usize = 1024;
 
 /// The tiles of this thread, configured as 16 rows of 64 bytes each until dropped.
-pub(super) struct Tiles(());
+pub(crate) struct Tiles(());
 
 #[cfg(target_arch = "x86_64")]
 impl Tiles {
     /// # Safety
     /// [`amx_is_usable`] has said so.
-    pub(super) unsafe fn new() -> Tiles {
+    pub(crate) unsafe fn new() -> Tiles {
         #[repr(C, align(64))]
         struct Config([u8; 64]);
         let mut config = Config([0; 64]);

@@ -86,3 +86,20 @@ pub fn panels(rows: &[f32], n: usize, k: usize) -> Vec<f32> {
     pack_panels(rows, n, k, &mut panels);
     panels
 }
+
+/// Σ x·weights.
+pub fn weighted(x: &[f64], weights: &[f32]) -> f64 {
+    x.iter().zip(weights).map(|(x, w)| x * f64::from(*w)).sum()
+}
+
+/// Central difference of f at x in direction i.
+pub fn slope(x: &mut [f64], i: usize, f: impl Fn(&[f64]) -> f64) -> f64 {
+    const STEP: f64 = 1e-5;
+    let old = x[i];
+    x[i] = old + STEP;
+    let above = f(x);
+    x[i] = old - STEP;
+    let below = f(x);
+    x[i] = old;
+    (above - below) / (2.0 * STEP)
+}
