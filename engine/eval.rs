@@ -5,9 +5,9 @@ use std::sync::Arc;
 use rft_kernels::Pool;
 
 use crate::data::tokenizer::Tokenizer;
-use crate::error::Result;
+use crate::error::{EngineError, Result};
 use crate::report::metrics::EvalResult;
-use crate::reward::{ScoredGroup, Scorer, component_means};
+use crate::reward::{ScoredGroup, Scorer, component_means, error_counts};
 use crate::rollout::{PagedModel, Request, RolloutEngine, RolloutKey, RolloutStats, SamplingConfig};
 use crate::types::Prompt;
 
@@ -34,7 +34,7 @@ impl Evaluation<'_> {
     /// Answers and scores the prompts.
     ///
     /// # Errors
-    /// As [`RolloutEngine::generate`] and [`crate::reward::Scoring::finish`].
+    /// No completion has a reward; else as [`RolloutEngine::generate`] and [`crate::reward::Scoring::finish`].
     pub fn run(
         &self,
         engine: &mut RolloutEngine,
@@ -52,11 +52,28 @@ impl Evaluation<'_> {
                 Ok(())
             })?;
         let groups = scoring.finish()?;
-        Ok((self.summarise(&groups), groups, stats))
+        Ok((self.summarise(&groups)?, groups, stats))
     }
 
-    fn summarise(&self, groups: &[ScoredGroup]) -> EvalResult {
+    fn summarise(&self, groups: &[ScoredGroup]) -> Result<EvalResult> {
         let rewards: Vec<f64> = groups.iter().flat_map(|g| &g.outcomes).filter_map(|o| o.reward).collect();
+        if rewards.is_empty() {
+            return Err(EngineError::Reward(match error_counts(groups).first() {
+                Some(e) => format!(
+                    "none of the {} evaluated completions got a reward; {} calls of {} failed ({}), the first: {}",
+                    groups.len() * self.samples,
+                    e.count,
+                    e.script,
+                    e.kind,
+                    e.first
+                ),
+                None => format!(
+                    "none of the {} evaluated completions got a reward: every verifier abstained. hint: check that the \
+                     rows have the fields that the scripts read",
+                    groups.len() * self.samples
+                ),
+            }));
+        }
         let completions: Vec<usize> =
             groups.iter().flat_map(|g| &g.group.completions).map(|c| c.tokens.len()).collect();
         let passes = |g: &ScoredGroup| {
@@ -65,19 +82,18 @@ impl Evaluation<'_> {
         };
         let powers = (0..).map(|i| 1usize << i).take_while(|k| *k <= self.samples);
         let pass_at_k = powers
-            .filter(|_| self.samples > 1)
             .map(|k| {
                 let sum: f64 = groups.iter().map(|g| pass_at_k(self.samples, passes(g), k)).sum();
                 (k, sum / groups.len().max(1) as f64)
             })
             .collect();
-        EvalResult {
-            reward: rewards.iter().sum::<f64>() / rewards.len().max(1) as f64,
+        Ok(EvalResult {
+            reward: rewards.iter().sum::<f64>() / rewards.len() as f64,
             components: component_means(groups),
             pass_at_k,
             completion_tokens_mean: completions.iter().sum::<usize>() as f64
                 / completions.len().max(1) as f64,
-        }
+        })
     }
 }
 

@@ -186,7 +186,43 @@ impl Scorer {
     }
 }
 
-/// Mean of each component over the completions that have it, in order of first appearance.
+/// Failed calls of one script for one reason.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ErrorCount {
+    /// Name of the script.
+    pub script: String,
+    /// The reason, as in `samples.jsonl`.
+    pub kind: &'static str,
+    /// Calls.
+    pub count: usize,
+    /// The first of them: where and what.
+    pub first: String,
+}
+
+/// Failed calls by script and reason, in order of first appearance.
+pub fn error_counts(groups: &[ScoredGroup]) -> Vec<ErrorCount> {
+    let mut counts: Vec<ErrorCount> = Vec::new();
+    for scored in groups {
+        for (sample, error) in
+            scored.outcomes.iter().enumerate().flat_map(|(s, o)| o.errors.iter().map(move |e| (s, e)))
+        {
+            let kind = error.kind.as_str();
+            match counts.iter_mut().find(|c| c.script == error.script && c.kind == kind) {
+                Some(known) => known.count += 1,
+                None => counts.push(ErrorCount {
+                    script: error.script.clone(),
+                    kind,
+                    count: 1,
+                    first: format!("prompt {}, sample {sample}: {error}", scored.group.prompt.id),
+                }),
+            }
+        }
+    }
+    counts
+}
+
+/// Mean of each component over the completions that have it, in order of first appearance; a component that all
+/// abstained from has no mean and is left out.
 pub fn component_means(groups: &[ScoredGroup]) -> Vec<(String, f64)> {
     let mut sums: Vec<(String, f64, usize)> = Vec::new();
     for (name, value) in groups.iter().flat_map(|g| &g.outcomes).flat_map(|o| &o.components) {
@@ -199,5 +235,5 @@ pub fn component_means(groups: &[ScoredGroup]) -> Vec<(String, f64)> {
             sums[at].2 += 1;
         }
     }
-    sums.into_iter().map(|(name, sum, n)| (name, if n == 0 { 0.0 } else { sum / n as f64 })).collect()
+    sums.into_iter().filter(|(_, _, n)| *n > 0).map(|(name, sum, n)| (name, sum / n as f64)).collect()
 }

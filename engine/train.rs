@@ -36,7 +36,7 @@ use crate::model::source::ModelSource;
 use crate::report::metrics::{EvalResult, StepMetrics, Summary, rss_peak_bytes};
 use crate::report::progress::{self, Example, Progress};
 use crate::report::sinks::RunFolder;
-use crate::reward::{ScoredGroup, Scorer, component_means};
+use crate::reward::{ScoredGroup, Scorer, component_means, error_counts};
 use crate::rollout::{Request, RolloutEngine, RolloutKey, RolloutStats, SamplingConfig};
 use crate::types::{FinishReason, Prompt, TokenId};
 
@@ -869,8 +869,8 @@ fn warn_about(metrics: &StepMetrics, groups: &[ScoredGroup], progress: &mut Prog
             metrics.reward_mean
         ));
     }
-    if let Some(error) = groups.iter().flat_map(|g| &g.outcomes).find_map(|o| o.errors.first()) {
-        say(format!("{} verifier calls failed, the first with: {error}", metrics.reward_errors));
+    for e in error_counts(groups) {
+        say(format!("{} calls of {} failed ({}), the first: {}", e.count, e.script, e.kind, e.first));
     }
 }
 

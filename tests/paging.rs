@@ -53,7 +53,7 @@ fn fewest_blocks(requests: &[Request], sampling: &SamplingConfig) -> usize {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(256))]
+    #![proptest_config(ProptestConfig { cases: 256, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn paged_rollouts_equal_a_naive_decoder(

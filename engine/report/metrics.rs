@@ -106,7 +106,7 @@ pub struct EvalResult {
     pub reward: f64,
     /// Mean of each component.
     pub components: Vec<(String, f64)>,
-    /// (k, pass@k), where more than one completion a prompt was drawn.
+    /// (k, pass@k) for k = 1, 2, 4, … up to the completions drawn a prompt.
     pub pass_at_k: Vec<(usize, f64)>,
     /// Mean tokens a completion.
     pub completion_tokens_mean: f64,
