@@ -51,7 +51,7 @@ fn paged(
     // Pages are handed out in an order that the seed shuffles.
     let blocks: usize =
         segs.iter().map(|s| (s.prefix.map_or(0, |p| p.len) + s.rows.len).div_ceil(BLOCK)).sum();
-    let step = [1, 3, 5, 7].into_iter().find(|s| (blocks + 1) % s != 0 || *s == 1).unwrap_or(1);
+    let step = [1, 3, 5, 7].into_iter().find(|s| !(blocks + 1).is_multiple_of(*s) || *s == 1).unwrap_or(1);
     let mut pages = (0..blocks).map(|b| ((b * step + seed as usize) % (blocks + 1)) as u32);
     let size = (blocks + 1) * shape.kv_heads * BLOCK * shape.head_dim;
     let (mut k, mut v) = (vec![f32::NAN; size], vec![f32::NAN; size]);
