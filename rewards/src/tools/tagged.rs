@@ -6,6 +6,7 @@ use super::pyexpr::{self, Call as PyCall, Names, literal};
 use super::{Call, Parsed};
 use regex::Regex;
 use serde_json::Value;
+use std::collections::HashSet;
 use std::sync::LazyLock;
 
 fn regex(pattern: &str) -> Regex {
@@ -42,7 +43,8 @@ fn pythonic_block(text: &str) -> Parsed {
         return Parsed::none(text);
     };
     let whole = |call: &PyCall| {
-        let plain = call.positional == 0 && !call.name.contains('.');
+        let keys: HashSet<&str> = call.keywords.iter().map(|(key, _)| key.as_str()).collect();
+        let plain = call.positional == 0 && !call.name.contains('.') && keys.len() == call.keywords.len();
         if plain { python_call(call, Names::Text) } else { None }
     };
     let calls = pyexpr::parse_calls(block.as_str())
