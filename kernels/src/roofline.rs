@@ -22,10 +22,13 @@ pub struct Roofline {
 }
 
 /// Windows per rate; the best counts, as other programs take their share of the slow ones.
-const WINDOWS: usize = 60;
+const WINDOWS: usize = 400;
 
 /// Bytes of the buffer that is read.
 const READ_BYTES: usize = 256 << 20;
+
+/// Windows that one reading of the buffer is cut to.
+const READ_PARTS: usize = 16;
 
 /// Measures the rates of this machine with the threads of `pool`, in about a second.
 pub fn roofline(pool: &Pool) -> Roofline {
@@ -55,20 +58,21 @@ pub fn roofline(pool: &Pool) -> Roofline {
     };
 
     let mut buffer = Buffer::<f32>::zeros(READ_BYTES / size_of::<f32>());
-    let part = buffer.len() / (8 * threads);
+    let part = buffer.len() / (READ_PARTS * threads);
     let pages = Shared::new(&mut buffer);
     // SAFETY: each part belongs to one item. Zero pages are all one page until they are written to.
-    pool.run(8 * threads, |i| unsafe { pages.part(i * part, part) }.fill(1.0));
+    pool.run(READ_PARTS * threads, |i| unsafe { pages.part(i * part, part) }.fill(1.0));
     let mut seconds = f64::INFINITY;
-    for _ in 0..6 {
+    for window in 0..10 * READ_PARTS {
+        let window = &buffer[window % READ_PARTS * threads * part..][..threads * part];
         let start = Instant::now();
-        pool.run(8 * threads, |i| {
-            std::hint::black_box(total(&buffer[i * part..][..part]));
+        pool.run(threads, |i| {
+            std::hint::black_box(total(&window[i * part..][..part]));
         });
         seconds = seconds.min(start.elapsed().as_secs_f64());
     }
-    let bytes = (8 * threads * part * size_of::<f32>()) as f64;
-    Roofline { threads, f32_gflops, bf16_gflops, read_gb_per_s: bytes / seconds / 1e9 }
+    let read_gb_per_s = (threads * part * size_of::<f32>()) as f64 / seconds / 1e9;
+    Roofline { threads, f32_gflops, bf16_gflops, read_gb_per_s }
 }
 
 /// Elements that a line is asked for ahead of its use: 4 KiB.
