@@ -147,10 +147,18 @@ pub(crate) trait Simd: Copy {
         a[0]
     }
 
-    /// Largest lane; NaN lanes are passed over unless all are NaN.
+    /// Largest lane, by halves; with a NaN among them, any of them.
     #[inline(always)]
     fn largest(v: Self::V) -> f32 {
-        Self::to_array(v).into_iter().fold(f32::NEG_INFINITY, f32::max)
+        let mut a = Self::to_array(v);
+        let mut half = LANES / 2;
+        while half > 0 {
+            for i in 0..half {
+                a[i] = if a[i] > a[i + half] { a[i] } else { a[i + half] };
+            }
+            half /= 2;
+        }
+        a[0]
     }
 }
 

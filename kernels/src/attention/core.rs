@@ -62,8 +62,8 @@ simd_fn! {
         for (query, scores) in group.iter_mut().zip(scores.chunks_exact_mut(row)) {
             cap_scores::<S>(shape, query.from, query.to, scores);
             let share = S::splat(1.0 / softmax::<S>(query.from, query.to, scores));
-            for i in (query.from / LANES * LANES..query.to).step_by(LANES) {
-                S::store(S::mul(S::load(&scores[i..]), share), &mut scores[i..]);
+            for lanes in scores[query.from / LANES * LANES..query.to.next_multiple_of(LANES)].chunks_exact_mut(LANES) {
+                S::store(S::mul(S::load(lanes), share), lanes);
             }
             query.out.fill(0.0);
         }
@@ -210,12 +210,12 @@ pub(super) fn cap_scores<S: Simd>(shape: &AttnShape, from: usize, to: usize, sco
     let first = from / LANES * LANES;
     let last = to.next_multiple_of(LANES);
     let scale = S::splat(shape.scale);
-    for i in (first..last).step_by(LANES) {
-        let mut s = S::mul(S::load(&scores[i..]), scale);
+    for lanes in scores[first..last].chunks_exact_mut(LANES) {
+        let mut s = S::mul(S::load(lanes), scale);
         if let Some(cap) = shape.softcap {
             s = S::mul(S::splat(cap), tanh::<S>(S::div(s, S::splat(cap))));
         }
-        S::store(s, &mut scores[i..]);
+        S::store(s, lanes);
     }
     scores[first..from].fill(f32::NEG_INFINITY);
     scores[to..last].fill(f32::NEG_INFINITY);
@@ -224,18 +224,17 @@ pub(super) fn cap_scores<S: Simd>(shape: &AttnShape, from: usize, to: usize, sco
 /// scores = exp(scores − their maximum) over the lanes that hold from..to; returns their sum.
 #[inline(always)]
 pub(super) fn softmax<S: Simd>(from: usize, to: usize, scores: &mut [f32]) -> f32 {
-    let first = from / LANES * LANES;
-    let last = to.next_multiple_of(LANES);
+    let scores = &mut scores[from / LANES * LANES..to.next_multiple_of(LANES)];
     let mut largest = S::splat(f32::NEG_INFINITY);
-    for i in (first..last).step_by(LANES) {
-        largest = S::max(S::load(&scores[i..]), largest);
+    for lanes in scores.chunks_exact(LANES) {
+        largest = S::max(S::load(lanes), largest);
     }
     let largest = S::splat(S::largest(largest));
     let mut sum = S::splat(0.0);
-    for i in (first..last).step_by(LANES) {
-        let e = exp::<S>(S::sub(S::load(&scores[i..]), largest));
+    for lanes in scores.chunks_exact_mut(LANES) {
+        let e = exp::<S>(S::sub(S::load(lanes), largest));
         sum = S::add(sum, e);
-        S::store(e, &mut scores[i..]);
+        S::store(e, lanes);
     }
     S::sum(sum)
 }
@@ -320,6 +319,9 @@ fn weigh_range<S: Simd, const R: usize>(
             weigh_columns::<S, R, 1>(tiles, group, weights, row, from, to, i);
             i += LANES;
         }
+    }
+    if i == d {
+        return;
     }
     for (r, query) in group.iter_mut().enumerate() {
         for tile in tiles {
