@@ -31,10 +31,10 @@ fn renamed(gold: &Expr, pred: &Expr) -> Option<Expr> {
     let order = |e: &Expr| {
         let mut names: Vec<String> = Vec::new();
         e.walk(&mut |n| {
-            if let Expr::Sym(name) = n {
-                if !names.contains(name) {
-                    names.push(name.clone());
-                }
+            if let Expr::Sym(name) = n
+                && !names.contains(name)
+            {
+                names.push(name.clone());
             }
         });
         names
@@ -345,10 +345,10 @@ fn simplified(e: &Expr) -> Expr {
         Expr::Chain(sides, signs) => {
             // What follows "≈" only rounds what came before, unless nothing but a name did.
             let mut keep = sides.len();
-            if let Some(at) = signs.iter().position(|r| *r == Rel::Approx) {
-                if at > 0 || !is_label(&sides[0]) {
-                    keep = at + 1;
-                }
+            if let Some(at) = signs.iter().position(|r| *r == Rel::Approx)
+                && (at > 0 || !is_label(&sides[0]))
+            {
+                keep = at + 1;
             }
             if keep == 1 {
                 return simplified(&sides[0]);
@@ -410,14 +410,14 @@ fn both_signs(e: &Expr) -> Vec<Expr> {
 
 /// The name an answer is given under, and the answer: `x = 5`, `f(x) = x^2`, `(x, y) = (1, 2)`.
 fn labelled(e: &Expr) -> (Option<&Expr>, Expr) {
-    if let Expr::Chain(sides, signs) = e {
-        if let ([left, right], [Rel::Eq]) = (&sides[..], &signs[..]) {
-            if is_label(left) {
-                return (Some(left), simplified(right));
-            }
-            if is_label(right) {
-                return (Some(right), simplified(left));
-            }
+    if let Expr::Chain(sides, signs) = e
+        && let ([left, right], [Rel::Eq]) = (&sides[..], &signs[..])
+    {
+        if is_label(left) {
+            return (Some(left), simplified(right));
+        }
+        if is_label(right) {
+            return (Some(right), simplified(left));
         }
     }
     (None, e.clone())

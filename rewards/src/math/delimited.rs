@@ -68,10 +68,10 @@ pub(super) fn math_from(text: &str, from: usize) -> Option<Math> {
                     }
                 };
                 let multiline = bytes.get(at + 1) == Some(&b'[');
-                if let Some(end) = close.filter(|&end| end > at + 2 && end - at <= MAX_ANSWER) {
-                    if multiline || !text[at + 2..end].contains('\n') {
-                        return Some(Math { start: at, end: end + 2, inner: at + 2..end });
-                    }
+                if let Some(end) = close.filter(|&end| end > at + 2 && end - at <= MAX_ANSWER)
+                    && (multiline || !text[at + 2..end].contains('\n'))
+                {
+                    return Some(Math { start: at, end: end + 2, inner: at + 2..end });
                 }
                 at += 2;
             }

@@ -48,21 +48,21 @@ impl Hit {
 /// ```
 pub fn extract(text: &str, options: &ExtractOptions) -> Option<Extracted> {
     let mut text = text;
-    if options.after_think {
-        if let Some(at) = text.rfind("</think>") {
-            text = &text[at + "</think>".len()..];
-        }
+    if options.after_think
+        && let Some(at) = text.rfind("</think>")
+    {
+        text = &text[at + "</think>".len()..];
     }
-    if options.answer_tags {
-        if let Some(found) = tagged(text, options) {
-            return Some(found);
-        }
+    if options.answer_tags
+        && let Some(found) = tagged(text, options)
+    {
+        return Some(found);
     }
     let mut hits: Vec<(u32, Hit)> = Vec::new();
-    if options.latex {
-        if let Some(hit) = boxes(text, options.which_box) {
-            hits.push((options.boxed_priority, hit));
-        }
+    if options.latex
+        && let Some(hit) = boxes(text, options.which_box)
+    {
+        hits.push((options.boxed_priority, hit));
     }
     // A box that outranks everything else needs no further search, but for the last-end rule.
     announced(text, options, &mut hits);
@@ -77,16 +77,16 @@ pub fn extract(text: &str, options: &ExtractOptions) -> Option<Extracted> {
 
 /// `<answer>…</answer>` and `#### …`, the last of either.
 fn tagged(text: &str, options: &ExtractOptions) -> Option<Extracted> {
-    if let Some(close) = text.rfind("</answer>") {
-        if let Some(open) = text[..close].rfind("<answer>") {
-            let inner = text[open + "<answer>".len()..close].trim();
-            let bare = ExtractOptions { answer_tags: false, after_think: false, ..options.clone() };
-            if let Some(found) = extract(inner, &bare).filter(|f| f.mark != Mark::Plain) {
-                return Some(Extracted { mark: Mark::Tag, ..found });
-            }
-            let latex = inner.contains(['\\', '$']);
-            return Hit { end: close, text: inner.to_string(), mark: Mark::Tag, latex }.found();
+    if let Some(close) = text.rfind("</answer>")
+        && let Some(open) = text[..close].rfind("<answer>")
+    {
+        let inner = text[open + "<answer>".len()..close].trim();
+        let bare = ExtractOptions { answer_tags: false, after_think: false, ..options.clone() };
+        if let Some(found) = extract(inner, &bare).filter(|f| f.mark != Mark::Plain) {
+            return Some(Extracted { mark: Mark::Tag, ..found });
         }
+        let latex = inner.contains(['\\', '$']);
+        return Hit { end: close, text: inner.to_string(), mark: Mark::Tag, latex }.found();
     }
     if !options.expr {
         return None;

@@ -1,6 +1,7 @@
 //! LaTeX and plain mathematics to tokens; layout commands, dollars and currency signs vanish here.
 
 use super::expr::{Fun, Rel};
+use super::names::{FUNCTIONS, GREEK, WORDS, product_like, pronounceable};
 use super::units;
 
 /// Tokens an answer may have in all.
@@ -70,220 +71,15 @@ pub(crate) struct Token {
 }
 
 pub(crate) struct Lexer<'a> {
-    text: &'a str,
-    at: usize,
-    out: Vec<Token>,
+    pub(super) text: &'a str,
+    pub(super) at: usize,
+    pub(super) out: Vec<Token>,
     /// For each open bracket, whether commas inside it separate members.
-    lists: Vec<bool>,
-    environments: usize,
-    space: bool,
+    pub(super) lists: Vec<bool>,
+    pub(super) environments: usize,
+    pub(super) space: bool,
     /// The next brace only groups (it belongs to a command).
-    grouping: bool,
-}
-
-const FUNCTIONS: &[(&str, Fun)] = &[
-    ("sin", Fun::Sin),
-    ("cos", Fun::Cos),
-    ("tan", Fun::Tan),
-    ("tg", Fun::Tan),
-    ("cot", Fun::Cot),
-    ("sec", Fun::Sec),
-    ("csc", Fun::Csc),
-    ("arcsin", Fun::Asin),
-    ("arccos", Fun::Acos),
-    ("arctan", Fun::Atan),
-    ("asin", Fun::Asin),
-    ("acos", Fun::Acos),
-    ("atan", Fun::Atan),
-    ("sinh", Fun::Sinh),
-    ("cosh", Fun::Cosh),
-    ("tanh", Fun::Tanh),
-    ("ln", Fun::Ln),
-    ("exp", Fun::Exp),
-    ("gcd", Fun::Gcd),
-    ("lcm", Fun::Lcm),
-    ("max", Fun::Max),
-    ("min", Fun::Min),
-    ("abs", Fun::Abs),
-    ("floor", Fun::Floor),
-    ("ceil", Fun::Ceil),
-    ("Re", Fun::Re),
-    ("Im", Fun::Im),
-];
-
-const GREEK: &[&str] = &[
-    "alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu",
-    "nu", "xi", "omicron", "rho", "sigma", "tau", "upsilon", "phi", "chi", "psi", "omega", "Gamma", "Delta",
-    "Theta", "Lambda", "Xi", "Pi", "Sigma", "Upsilon", "Phi", "Psi", "Omega", "ell", "hbar", "aleph",
-];
-
-/// Two- and three-letter runs that are words, never products of letters.
-const WORDS: &[&str] = &[
-    "am", "an", "as", "at", "be", "by", "do", "go", "he", "if", "in", "is", "it", "me", "my", "no", "on",
-    "so", "to", "up", "us", "we", "No", "On", "yes", "Yes", "YES", "NO", "odd", "one", "two", "six", "ten",
-    "the", "for", "not", "all", "any", "are", "was", "has", "can", "may", "she", "you", "day", "Sun", "Mon",
-    "Tue", "Wed", "Thu", "Fri", "Sat", "red", "eat", "tea", "ate", "art", "rat", "tar", "top", "pot", "opt",
-    "dog", "god", "cat", "act", "now", "won", "own", "nor", "tie", "win", "yet", "via", "per", "non", "new",
-    "old",
-];
-
-fn layout(name: &str) -> bool {
-    matches!(
-        name,
-        "left"
-            | "right"
-            | "big"
-            | "Big"
-            | "bigg"
-            | "Bigg"
-            | "bigl"
-            | "bigr"
-            | "Bigl"
-            | "Bigr"
-            | "biggl"
-            | "biggr"
-            | "Biggl"
-            | "Biggr"
-            | "middle"
-            | "displaystyle"
-            | "textstyle"
-            | "scriptstyle"
-            | "limits"
-            | "nolimits"
-            | "quad"
-            | "qquad"
-            | "hfill"
-            | "notag"
-            | "nonumber"
-            | "newline"
-            | "strut"
-            | "mathstrut"
-            | "allowbreak"
-            | "protect"
-            | "bf"
-            | "rm"
-            | "it"
-            | "thinspace"
-            | "medspace"
-            | "thickspace"
-            | "enspace"
-            | "space"
-            | "therefore"
-            | "displaylimits"
-            | "null"
-            | "checkmark"
-            | "blacksquare"
-            | "square"
-            | "Box"
-            | "qed"
-            | "nobreak"
-            | "normalsize"
-            | "large"
-            | "small"
-    )
-}
-
-fn styling(name: &str) -> bool {
-    matches!(
-        name,
-        "mathbf"
-            | "mathrm"
-            | "mathit"
-            | "mathsf"
-            | "mathtt"
-            | "mathcal"
-            | "mathfrak"
-            | "boldsymbol"
-            | "bm"
-            | "boxed"
-            | "fbox"
-            | "ensuremath"
-            | "mathop"
-            | "mathord"
-            | "underline"
-            | "smash"
-            | "pmb"
-            | "mathnormal"
-            | "displaybox"
-            | "underbrace"
-            | "overbrace"
-            | "mathbin"
-            | "mathrel"
-            | "mathopen"
-            | "mathclose"
-            | "framebox"
-    )
-}
-
-fn wording(name: &str) -> bool {
-    matches!(
-        name,
-        "text"
-            | "textbf"
-            | "textit"
-            | "textrm"
-            | "textsf"
-            | "texttt"
-            | "textnormal"
-            | "mbox"
-            | "hbox"
-            | "emph"
-            | "textup"
-            | "textsc"
-            | "operatorname"
-            | "mathrm"
-            | "mathbf"
-            | "mathit"
-            | "mathsf"
-            | "mathtt"
-            | "operatorname*"
-            | "unit"
-            | "si"
-            | "mathop"
-    )
-}
-
-fn known(name: &str) -> bool {
-    layout(name) && name.len() > 3
-        || styling(name)
-        || wording(name)
-        || GREEK.contains(&name)
-        || FUNCTIONS.iter().any(|f| f.0 == name)
-        || matches!(
-            name,
-            "frac"
-                | "dfrac"
-                | "tfrac"
-                | "cfrac"
-                | "sqrt"
-                | "left"
-                | "right"
-                | "pi"
-                | "infty"
-                | "times"
-                | "cdot"
-                | "div"
-                | "le"
-                | "leq"
-                | "ge"
-                | "geq"
-                | "neq"
-                | "ne"
-                | "lt"
-                | "gt"
-                | "in"
-                | "cup"
-                | "cap"
-                | "pm"
-                | "mp"
-                | "binom"
-                | "begin"
-                | "log"
-                | "overline"
-                | "circ"
-                | "mathbb"
-                | "quad"
-        )
+    pub(super) grouping: bool,
 }
 
 /// Splits an answer into tokens; none if it is too long.
@@ -307,24 +103,24 @@ pub(crate) fn lex(text: &str) -> Option<Vec<Token>> {
 }
 
 impl<'a> Lexer<'a> {
-    fn rest(&self) -> &'a str {
+    pub(super) fn rest(&self) -> &'a str {
         &self.text[self.at..]
     }
 
-    fn peek(&self) -> Option<char> {
+    pub(super) fn peek(&self) -> Option<char> {
         self.rest().chars().next()
     }
 
-    fn push(&mut self, tok: Tok) {
+    pub(super) fn push(&mut self, tok: Tok) {
         self.out.push(Token { tok, space: std::mem::take(&mut self.space) });
         self.grouping = false;
     }
 
-    fn last(&self) -> Option<&Tok> {
+    pub(super) fn last(&self) -> Option<&Tok> {
         self.out.last().map(|t| &t.tok)
     }
 
-    fn take(&mut self, prefix: &str) -> bool {
+    pub(super) fn take(&mut self, prefix: &str) -> bool {
         let hit = self.rest().starts_with(prefix);
         if hit {
             self.at += prefix.len();
@@ -333,7 +129,7 @@ impl<'a> Lexer<'a> {
     }
 
     /// Whether commas here separate members and not thousands.
-    fn in_list(&self) -> bool {
+    pub(super) fn in_list(&self) -> bool {
         self.lists.iter().any(|&l| l)
     }
 
@@ -522,122 +318,6 @@ impl<'a> Lexer<'a> {
         self.push(Tok::Unknown(c.to_string()));
     }
 
-    fn digits(&mut self) -> String {
-        let rest = self.rest();
-        let end = rest.find(|c: char| !c.is_ascii_digit()).unwrap_or(rest.len());
-        self.at += end;
-        rest[..end].to_string()
-    }
-
-    /// The length of a thousands mark here, with three digits and no more after it.
-    fn thousands(&self, groups: usize) -> Option<usize> {
-        let rest = self.rest();
-        let three = |skip: usize| {
-            let after = rest.get(skip..)?.as_bytes();
-            let digits = after.iter().take_while(|b| b.is_ascii_digit()).count();
-            (digits == 3).then_some(skip)
-        };
-        for mark in ["{,}", ",\\!", "\\,", "\\!"] {
-            if let Some(after) = rest.strip_prefix(mark) {
-                let spaces = after.len() - after.trim_start_matches(' ').len();
-                if let Some(skip) = three(mark.len() + spaces) {
-                    return Some(skip);
-                }
-            }
-        }
-        if self.in_list() {
-            return None;
-        }
-        if rest.starts_with(',') {
-            // All groups to the end of the run must have three digits, else it is a list.
-            let run = rest.as_bytes();
-            let mut at = 0;
-            while run.get(at) == Some(&b',') && run.get(at + 1).is_some_and(u8::is_ascii_digit) {
-                let digits = run[at + 1..].iter().take_while(|b| b.is_ascii_digit()).count();
-                if digits != 3 {
-                    return None;
-                }
-                at += 4;
-            }
-            return three(1);
-        }
-        if rest.starts_with(' ') && groups < 6 {
-            let skip = three(1)?;
-            let after = rest[skip + 3..].trim_start();
-            return (!after.starts_with('/')).then_some(skip);
-        }
-        None
-    }
-
-    fn number(&mut self) {
-        let mut text = self.digits();
-        if !text.is_empty() && text.len() <= 3 && !text.starts_with('0') {
-            let mut groups = 0;
-            while let Some(skip) = self.thousands(groups) {
-                self.at += skip;
-                text.push_str(&self.digits());
-                groups += 1;
-            }
-        }
-        if self.rest().starts_with('.') {
-            let after = &self.rest()[1..];
-            if after.starts_with(|c: char| c.is_ascii_digit()) {
-                self.at += 1;
-                text = if text.is_empty() { "0".to_string() } else { text };
-                text.push('.');
-                text.push_str(&self.digits());
-                if self.recurring(&text) {
-                    return;
-                }
-            } else if after.starts_with("\\overline")
-                || after.starts_with("\\bar")
-                || after.starts_with("\\dot")
-            {
-                self.at += 1;
-                text.push('.');
-                if self.recurring(&text) {
-                    return;
-                }
-            } else if after.trim_matches(['$', '}', ' ', ')', '\n']).is_empty()
-                || after.starts_with("\\)")
-                || after.starts_with("\\]")
-            {
-                // A full stop at the end of the sentence.
-                self.at += 1;
-            }
-        }
-        let rest = self.rest().as_bytes();
-        if matches!(rest.first(), Some(b'e' | b'E')) {
-            let sign = usize::from(matches!(rest.get(1), Some(b'+' | b'-')));
-            let digits = rest[1 + sign..].iter().take_while(|b| b.is_ascii_digit()).count();
-            let after = rest.get(1 + sign + digits);
-            if digits > 0 && !after.is_some_and(|b| b.is_ascii_alphabetic() || *b == b'.') {
-                text.push_str(&self.rest()[..1 + sign + digits]);
-                self.at += 1 + sign + digits;
-            }
-        }
-        self.push(Tok::Num(text));
-    }
-
-    /// `\overline{27}`, `\bar{3}`, `\dot{3}` after the point of `text`.
-    fn recurring(&mut self, text: &str) -> bool {
-        let start = self.at;
-        for name in ["\\overline", "\\bar", "\\dot"] {
-            if self.take(name) {
-                let braced = self.take("{");
-                let period = self.digits();
-                if !period.is_empty() && (!braced || self.take("}")) {
-                    let (whole, head) = text.split_once('.').unwrap_or((text, ""));
-                    let tok = Tok::Recurring(whole.to_string(), head.to_string(), period);
-                    self.push(tok);
-                    return true;
-                }
-            }
-            self.at = start;
-        }
-        false
-    }
-
     fn letters(&mut self) {
         let rest = self.rest();
         let end = rest.find(|c: char| !c.is_ascii_alphabetic()).unwrap_or(rest.len());
@@ -674,7 +354,7 @@ impl<'a> Lexer<'a> {
         let word = end >= 4 || WORDS.contains(&run) || run.len() == 3 && !product_like(run);
         let beside_math = self.out.iter().any(|t| !matches!(t.tok, Tok::Text(_)))
             || rest[end..].trim_start().starts_with(['^', '+', '-', '*', '/', '=', '(', '_']);
-        if (word && !(beside_math && run.len() <= 6 && !WORDS.contains(&run) && !pronounceable(run)))
+        if (word && (!beside_math || run.len() > 6 || WORDS.contains(&run) || pronounceable(run)))
             || matches!(self.last(), Some(Tok::Text(_)))
         {
             self.at += end;
@@ -688,7 +368,7 @@ impl<'a> Lexer<'a> {
     }
 
     /// Functions, constants and joints written without a backslash.
-    fn known_word(&mut self, run: &str) -> bool {
+    pub(super) fn known_word(&mut self, run: &str) -> bool {
         let tok = match run {
             "sqrt" => Tok::Sqrt,
             "pi" | "Pi" => Tok::Pi,
@@ -718,328 +398,12 @@ impl<'a> Lexer<'a> {
         self.push(tok);
         true
     }
-
-    /// The raw content of the brace group here.
-    fn group(&mut self) -> Option<&'a str> {
-        let rest = self.rest();
-        let trimmed = rest.trim_start();
-        if !trimmed.starts_with('{') {
-            return None;
-        }
-        let open = rest.len() - trimmed.len();
-        let mut depth = 0;
-        let mut escaped = false;
-        for (i, b) in rest.bytes().enumerate().skip(open) {
-            match b {
-                _ if escaped => escaped = false,
-                b'\\' => escaped = true,
-                b'{' => depth += 1,
-                b'}' => {
-                    depth -= 1;
-                    if depth == 0 {
-                        self.at += i + 1;
-                        return Some(&rest[open + 1..i]);
-                    }
-                }
-                _ => {}
-            }
-        }
-        None
-    }
-
-    fn command(&mut self) {
-        let after = &self.rest()[1..];
-        let name_len = after.find(|c: char| !c.is_ascii_alphabetic()).unwrap_or(after.len());
-        if name_len == 0 {
-            let Some(c) = after.chars().next() else {
-                self.at += 1;
-                return;
-            };
-            self.at += 1 + c.len_utf8();
-            let tok = match c {
-                '\\' => {
-                    // A doubled backslash before a command is a broken escape, unless rows are meant.
-                    let rest = self.rest();
-                    let len = rest.find(|c: char| !c.is_ascii_alphabetic()).unwrap_or(rest.len());
-                    if self.environments == 0 && (1..=len).rev().any(|n| known(&rest[..n])) {
-                        self.at -= 1;
-                        return;
-                    }
-                    if self.environments == 0 && (rest.starts_with(['{', '}', '%', '$', ',', '!', '(', ')']))
-                    {
-                        self.at -= 1;
-                        return;
-                    }
-                    if self.environments == 0 && rest.trim_matches(['$', ' ', '\n']).is_empty() {
-                        return;
-                    }
-                    Tok::RowSep
-                }
-                '{' => {
-                    self.lists.push(true);
-                    Tok::Open('s')
-                }
-                '}' => {
-                    self.lists.pop();
-                    Tok::Close('s')
-                }
-                '%' => Tok::Percent,
-                '|' => Tok::Bar,
-                '$' | '(' | ')' | '[' | ']' => return,
-                '_' | '&' | '#' => Tok::Unknown(c.to_string()),
-                _ => {
-                    self.space |= c.is_whitespace() || matches!(c, ',' | ';' | ':' | '>');
-                    return;
-                }
-            };
-            return self.push(tok);
-        }
-        let mut name = &after[..name_len];
-        // `\quadx`: a spacing command that swallowed a letter.
-        for head in ["qquad", "quad", "cdot", "times", "pi", "displaystyle"] {
-            if name.len() > head.len() && name.starts_with(head) && !known(name) {
-                name = &name[..head.len()];
-                break;
-            }
-        }
-        self.at += 1 + name.len();
-        self.named(name);
-    }
-
-    fn named(&mut self, name: &'a str) {
-        if layout(name) {
-            self.space |=
-                !matches!(name, "left" | "right" | "middle") && !name.to_lowercase().starts_with("big");
-            if matches!(name, "left" | "right") && self.rest().starts_with('.') {
-                self.at += 1;
-            }
-            return;
-        }
-        if wording(name) && self.words(name) {
-            return;
-        }
-        if styling(name) || wording(name) {
-            self.grouping = true;
-            return;
-        }
-        let tok = match name {
-            "frac" | "dfrac" | "tfrac" | "cfrac" => Tok::Frac,
-            "binom" | "dbinom" | "tbinom" => Tok::Binom,
-            "sqrt" => Tok::Sqrt,
-            "over" => Tok::Over,
-            "choose" => Tok::Choose,
-            "pi" => Tok::Pi,
-            "infty" | "infin" => Tok::Infinity,
-            "imath" => Tok::I,
-            "times" | "cdot" | "ast" | "star" | "cdotp" | "bullet" => Tok::Op('*'),
-            "div" => Tok::Op('/'),
-            "pm" => Tok::PlusMinus(true),
-            "mp" => Tok::PlusMinus(false),
-            "le" | "leq" | "leqslant" | "leqq" => Tok::Rel(Rel::Le),
-            "ge" | "geq" | "geqslant" | "geqq" => Tok::Rel(Rel::Ge),
-            "lt" => Tok::Rel(Rel::Lt),
-            "gt" => Tok::Rel(Rel::Gt),
-            "ne" | "neq" => Tok::Rel(Rel::Ne),
-            "equiv" => Tok::Rel(Rel::Eq),
-            "approx" | "simeq" | "cong" | "thickapprox" | "doteq" => Tok::Rel(Rel::Approx),
-            "in" => Tok::In,
-            "cup" => Tok::Cup,
-            "cap" => Tok::Cap,
-            "setminus" | "backslash" | "smallsetminus" => Tok::Setminus,
-            "emptyset" | "varnothing" => Tok::EmptySet,
-            "land" | "lor" | "wedge" | "vee" => Tok::Joint,
-            "circ" | "degree" | "deg" => {
-                if matches!(self.last(), Some(Tok::Op('^'))) {
-                    self.out.pop();
-                } else if let [.., Token { tok: Tok::Op('^'), .. }, Token { tok: Tok::Open('{'), .. }] =
-                    self.out[..]
-                {
-                    if self.rest().trim_start().starts_with('}') {
-                        let skip = self.rest().find('}').map_or(0, |i| i + 1);
-                        self.at += skip;
-                        self.lists.pop();
-                        self.out.truncate(self.out.len() - 2);
-                    }
-                }
-                Tok::Degree
-            }
-            "prime" => {
-                if matches!(self.last(), Some(Tok::Op('^'))) {
-                    self.out.pop();
-                }
-                Tok::Prime
-            }
-            "bmod" | "mod" => Tok::Mod,
-            "pmod" => {
-                self.group();
-                Tok::Pmod
-            }
-            "sum" => Tok::Sum,
-            "prod" => Tok::Prod,
-            "int" => Tok::Int,
-            "lim" => Tok::Lim,
-            "log" => Tok::Log,
-            "lg" => {
-                for tok in [Tok::Log, Tok::Op('_'), Tok::Num("10".into())] {
-                    self.push(tok);
-                }
-                return;
-            }
-            "lfloor" => Tok::Open('f'),
-            "rfloor" => Tok::Close('f'),
-            "lceil" => Tok::Open('c'),
-            "rceil" => Tok::Close('c'),
-            "lvert" | "lVert" => Tok::Open('|'),
-            "rvert" | "rVert" => Tok::Close('|'),
-            "vert" | "Vert" | "mid" => Tok::Bar,
-            "langle" => {
-                self.lists.push(true);
-                Tok::Open('<')
-            }
-            "rangle" => {
-                self.lists.pop();
-                Tok::Close('>')
-            }
-            "lbrace" => Tok::Open('s'),
-            "rbrace" => Tok::Close('s'),
-            "lbrack" => Tok::Open('['),
-            "rbrack" => Tok::Close(']'),
-            "colon" => Tok::Op(':'),
-            "begin" | "end" => return self.environment(name),
-            "mathbb" | "mathds" => {
-                let set = self.group().map(str::trim).unwrap_or("");
-                let name = match set {
-                    "R" => "ℝ",
-                    "Z" => "ℤ",
-                    "Q" => "ℚ",
-                    "N" => "ℕ",
-                    "C" => "ℂ",
-                    other => other,
-                };
-                Tok::Sym(name.to_string())
-            }
-            "overline" | "bar" | "vec" | "hat" | "widehat" | "tilde" | "overrightarrow" | "widetilde"
-            | "dot" => {
-                let inner = match self.group() {
-                    Some(inner) => inner.trim().to_string(),
-                    None => match self.rest().trim_start().chars().next() {
-                        Some(c) if c.is_ascii_alphanumeric() => {
-                            self.at = self.text.len() - self.rest().trim_start().len() + 1;
-                            c.to_string()
-                        }
-                        _ => return self.push(Tok::Unknown(name.to_string())),
-                    },
-                };
-                Tok::Sym(format!("{name} {inner}"))
-            }
-            "phantom" | "hphantom" | "vphantom" | "hspace" | "vspace" | "label" | "tag" | "color"
-            | "hskip" => {
-                self.group();
-                return;
-            }
-            "varepsilon" => Tok::Sym("epsilon".into()),
-            "varphi" => Tok::Sym("phi".into()),
-            "vartheta" => Tok::Sym("theta".into()),
-            "varrho" => Tok::Sym("rho".into()),
-            "ldots" | "dots" | "cdots" | "dotsc" | "dotsb" | "dotsm" | "vdots" | "ddots" => {
-                Tok::Unknown("dots".into())
-            }
-            "to" | "rightarrow" | "mapsto" | "longrightarrow" | "implies" | "Rightarrow" | "iff" => {
-                Tok::Unknown("to".into())
-            }
-            _ => {
-                if let Some(f) = FUNCTIONS.iter().find(|f| f.0 == name) {
-                    Tok::Fun(f.1)
-                } else {
-                    Tok::Sym(name.to_string())
-                }
-            }
-        };
-        self.push(tok);
-    }
-
-    fn environment(&mut self, name: &str) {
-        let kind = self.group().unwrap_or("").trim_end_matches('*').to_string();
-        if name == "begin" {
-            if kind == "array" {
-                self.group();
-            }
-            self.environments += 1;
-            self.lists.push(true);
-            self.push(Tok::Begin(kind));
-        } else {
-            self.environments = self.environments.saturating_sub(1);
-            self.lists.pop();
-            self.push(Tok::End(kind));
-        }
-    }
-
-    /// The argument of `\text` and its kin: joints, units and words; false if it is mathematics.
-    fn words(&mut self, name: &str) -> bool {
-        let start = self.at;
-        let Some(inner) = self.group() else { return false };
-        let word = inner.trim().trim_matches(['~', ',', ' ']).trim();
-        self.space |= inner.starts_with([' ', '~']);
-        if word.is_empty() {
-            if inner.contains(',') {
-                self.push(Tok::Comma);
-            }
-            self.space = true;
-            return true;
-        }
-        if self.known_word(word) {
-            return true;
-        }
-        match word {
-            "%" | "\\%" | "percent" => {
-                self.push(Tok::Percent);
-                return true;
-            }
-            "i" | "e" => {
-                self.push(letter(word));
-                return true;
-            }
-            _ => {}
-        }
-        let long_word = word
-            .split(|c: char| !c.is_ascii_alphabetic())
-            .any(|w| w.len() > 1 && !FUNCTIONS.iter().any(|f| f.0 == w));
-        let letters = word.chars().filter(|c| c.is_alphabetic()).count();
-        let single = letters == 1 && word.len() > 1 || word.chars().any(|c| c.is_ascii_digit());
-        let upright = !matches!(name, "mathbf" | "mathit" | "mathsf" | "mathtt" | "textit" | "textbf");
-        let unit = upright
-            && matches!(self.last(), Some(Tok::Num(_) | Tok::Close(_) | Tok::Pi | Tok::Sym(_)))
-            && word.chars().all(|c| c.is_alphabetic() || matches!(c, '.' | ' ' | '/' | '(' | ')'));
-        if !long_word && !unit && (single || letters == 0 || word.len() == 1) {
-            self.at = start;
-            self.grouping = true;
-            return false;
-        }
-        let word = word.trim_matches(['(', ')']).to_string();
-        self.push(Tok::Text(word));
-        true
-    }
 }
 
-fn letter(name: &str) -> Tok {
+pub(super) fn letter(name: &str) -> Tok {
     match name {
         "e" => Tok::E,
         "i" => Tok::I,
         _ => Tok::Sym(name.to_string()),
     }
-}
-
-/// Three letters that read as a product: no vowel, or neighbours as in `abc`, `xyz`.
-fn product_like(run: &str) -> bool {
-    let all = |set: &str| run.chars().all(|c| set.contains(c));
-    run.bytes().all(|b| b.is_ascii_uppercase())
-        || !run.contains(['a', 'e', 'i', 'o', 'u'])
-        || ["abc", "xyza", "xyzb", "abx", "aby", "uvw", "ijk", "axy"].iter().any(|s| all(s))
-}
-
-/// Whether a run of letters could be a word.
-fn pronounceable(run: &str) -> bool {
-    run.len() > 3
-        && run.contains(['a', 'e', 'i', 'o', 'u', 'y'])
-        && run.bytes().any(|b| !b"aeiouy".contains(&b))
 }

@@ -7,18 +7,25 @@
 //! `rewards/docs/math-disagreements.md`.
 
 mod announced;
+mod arithmetic;
 mod ball;
 mod boxed;
+mod commands;
 mod compare;
 mod delimited;
 mod derivative;
 mod expr;
 mod extract;
+mod forms;
 mod gym;
 mod lexer;
+mod names;
 mod normal;
 mod number;
+mod numerals;
 mod numeric;
+mod operands;
+mod operators;
 mod options;
 mod parser;
 mod precise;
@@ -68,10 +75,10 @@ pub fn equal(gold: &str, pred: &str, options: &EqualOptions) -> bool {
     if a == b {
         return true;
     }
-    if let Some(letter) = text::choice(gold) {
-        if text::leading_choice(pred) == Some(letter) || text::choice(pred) == Some(letter) {
-            return true;
-        }
+    if let Some(letter) = text::choice(gold)
+        && (text::leading_choice(pred) == Some(letter) || text::choice(pred) == Some(letter))
+    {
+        return true;
     }
     match (parser::parse(gold), parser::parse(pred)) {
         (Some(g), Some(p)) => {

@@ -4,7 +4,6 @@
 //! (a sine, say), told apart by its normalised arguments. Roots of rationals are written over
 //! primes, so equal radicals have equal forms. Every operation is paid from a budget.
 
-use super::expr::{Expr, Fun};
 use num_bigint::BigInt;
 use num_rational::{BigRational, Ratio};
 use num_traits::{One, Signed, ToPrimitive, Zero};
@@ -16,8 +15,6 @@ const MAX_BITS: u64 = 1 << 14;
 const MAX_FRACTION_BITS: u64 = 1 << 12;
 /// Terms a sum may have.
 const MAX_TERMS: usize = 400;
-/// Largest `n` of `n!`.
-const MAX_FACTORIAL: u64 = 400;
 
 /// Why there is no normal form.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,13 +25,13 @@ pub(crate) enum Stop {
     Beyond,
 }
 
-type Step<T> = Result<T, Stop>;
-type Power = Ratio<i64>;
-type Mono = Vec<(u32, Power)>;
-type Poly = BTreeMap<Mono, BigRational>;
+pub(super) type Step<T> = Result<T, Stop>;
+pub(super) type Power = Ratio<i64>;
+pub(super) type Mono = Vec<(u32, Power)>;
+pub(super) type Poly = BTreeMap<Mono, BigRational>;
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-enum Atom {
+pub(super) enum Atom {
     Sym(String),
     Pi,
     E,
@@ -47,15 +44,15 @@ enum Atom {
 /// A quotient in normal form.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Normal {
-    num: Poly,
-    den: Poly,
+    pub(super) num: Poly,
+    pub(super) den: Poly,
 }
 
 /// Atoms seen so far and the budget left.
 #[derive(Debug)]
 pub(crate) struct Algebra {
     atoms: HashMap<Atom, u32>,
-    names: Vec<Atom>,
+    pub(super) names: Vec<Atom>,
     pub(crate) fuel: u64,
 }
 
@@ -63,7 +60,7 @@ fn bits(value: &BigRational) -> u64 {
     value.numer().bits().max(value.denom().bits())
 }
 
-fn constant(value: BigRational) -> Normal {
+pub(super) fn constant(value: BigRational) -> Normal {
     let mut num = Poly::new();
     if !value.is_zero() {
         num.insert(Vec::new(), value);
@@ -71,11 +68,11 @@ fn constant(value: BigRational) -> Normal {
     Normal { num, den: one() }
 }
 
-fn one() -> Poly {
+pub(super) fn one() -> Poly {
     Poly::from([(Vec::new(), BigRational::one())])
 }
 
-fn int(n: i64) -> Normal {
+pub(super) fn int(n: i64) -> Normal {
     constant(BigRational::from_integer(n.into()))
 }
 
@@ -89,7 +86,7 @@ impl Normal {
         (self.num.len() == 1 && mono.is_empty() && self.den == one()).then(|| value.clone())
     }
 
-    fn integer(&self) -> Option<BigInt> {
+    pub(super) fn integer(&self) -> Option<BigInt> {
         self.rational().filter(BigRational::is_integer).map(|r| r.to_integer())
     }
 
@@ -98,7 +95,7 @@ impl Normal {
     }
 
     /// A text that is the same for the same form.
-    fn key(&self) -> String {
+    pub(super) fn key(&self) -> String {
         let poly = |p: &Poly| p.iter().map(|(m, c)| format!("{c}{m:?}")).collect::<Vec<_>>().join("+");
         if self.den == one() {
             poly(&self.num)
@@ -122,10 +119,10 @@ impl Algebra {
         Ok(())
     }
 
-    fn check(&mut self, value: BigRational) -> Step<BigRational> {
+    pub(super) fn check(&mut self, value: BigRational) -> Step<BigRational> {
         let limit = if value.is_integer() { MAX_BITS } else { MAX_FRACTION_BITS };
         let size = bits(&value);
-        self.pay(if value.is_integer() { 1 } else { 7 } + size * size / 16_000)?;
+        self.pay(if value.is_integer() { 1 } else { 4 + size / 8 } + size * size / 16_000)?;
         if size > limit { Err(Stop::Beyond) } else { Ok(value) }
     }
 
@@ -141,12 +138,12 @@ impl Algebra {
         }
     }
 
-    fn single(&mut self, atom: Atom, power: Power) -> Normal {
+    pub(super) fn single(&mut self, atom: Atom, power: Power) -> Normal {
         let id = self.atom(atom);
         Normal { num: Poly::from([(vec![(id, power)], BigRational::one())]), den: one() }
     }
 
-    fn opaque(&mut self, key: String) -> Step<Normal> {
+    pub(super) fn opaque(&mut self, key: String) -> Step<Normal> {
         if key.len() > 4000 {
             return Err(Stop::Beyond);
         }
@@ -283,7 +280,7 @@ impl Algebra {
         Normal { num: a.num.iter().map(|(m, c)| (m.clone(), -c)).collect(), den: a.den.clone() }
     }
 
-    fn inverse(&mut self, a: &Normal) -> Step<Normal> {
+    pub(super) fn inverse(&mut self, a: &Normal) -> Step<Normal> {
         self.settle(a.den.clone(), a.num.clone())
     }
 
@@ -302,7 +299,7 @@ impl Algebra {
         }
         let size = n.unsigned_abs();
         if base.abs().is_one() {
-            return Ok(if size % 2 == 0 { base.abs() } else { base });
+            return Ok(if size.is_multiple_of(2) { base.abs() } else { base });
         }
         let total = bits(&base).saturating_mul(size);
         if total > MAX_BITS {
@@ -313,7 +310,7 @@ impl Algebra {
         self.check(if n < 0 { value.recip() } else { value })
     }
 
-    fn int_power(&mut self, a: &Normal, n: i64) -> Step<Normal> {
+    pub(super) fn int_power(&mut self, a: &Normal, n: i64) -> Step<Normal> {
         if n == 0 {
             return Ok(int(1));
         }
@@ -344,7 +341,7 @@ impl Algebra {
     }
 
     /// Prime factors of a positive integer; a large rest stays whole.
-    fn factors(&mut self, n: &BigInt) -> Step<Vec<(BigInt, i64, bool)>> {
+    pub(super) fn factors(&mut self, n: &BigInt) -> Step<Vec<(BigInt, i64, bool)>> {
         let mut out: Vec<(BigInt, i64, bool)> = Vec::new();
         let mut rest = n.clone();
         if let Some(mut small) = rest.to_u64() {
@@ -419,7 +416,7 @@ impl Algebra {
         Ok(out)
     }
 
-    fn fraction_power(&mut self, base: &Normal, power: Power) -> Step<Normal> {
+    pub(super) fn fraction_power(&mut self, base: &Normal, power: Power) -> Step<Normal> {
         if base.is_zero() {
             return if power > Power::zero() { Ok(base.clone()) } else { Err(Stop::Undefined) };
         }
@@ -461,279 +458,6 @@ impl Algebra {
         }
         let key = format!("root {power} of {}", base.key());
         self.opaque(key)
-    }
-
-    fn power(&mut self, base: &Expr, exponent: &Expr) -> Step<Normal> {
-        let e = self.of(exponent)?;
-        if let Some(e) = e.rational() {
-            let base = self.of(base)?;
-            let e = small_power(&e)?;
-            if e.is_integer() {
-                return self.int_power(&base, e.to_integer());
-            }
-            if e.numer().abs() > 10_000 || *e.denom() > 1000 {
-                return Err(Stop::Beyond);
-            }
-            return self.fraction_power(&base, e);
-        }
-        let base = self.of(base)?;
-        if e.den != one() {
-            let key = format!("{} to {}", base.key(), e.key());
-            return self.opaque(key);
-        }
-        // b^(c + k m) = b^c (b^m)^k, and a number splits into its primes.
-        let parts: Vec<(String, Power)> = match base.integer() {
-            Some(n) if n > BigInt::one() => {
-                let factors = self.factors(&n)?;
-                factors.into_iter().map(|(p, e, _)| (p.to_string(), Power::from_integer(e))).collect()
-            }
-            _ => vec![(base.key(), Power::one())],
-        };
-        let mut out = int(1);
-        for (mono, value) in e.num.clone() {
-            let value = small_power(&value)?;
-            if mono.is_empty() {
-                let part = if value.is_integer() {
-                    self.int_power(&base, value.to_integer())?
-                } else {
-                    self.fraction_power(&base, value)?
-                };
-                out = self.mul(&out, &part)?;
-                continue;
-            }
-            for (name, times) in &parts {
-                let power = mul_powers(value, *times)?;
-                let part = self.single(Atom::Opaque(format!("{name} to {mono:?}")), power);
-                out = self.mul(&out, &part)?;
-            }
-        }
-        Ok(out)
-    }
-
-    fn product(&mut self, factors: &[Expr]) -> Step<Normal> {
-        let mut out = int(1);
-        for f in factors {
-            let f = self.of(f)?;
-            out = self.mul(&out, &f)?;
-        }
-        Ok(out)
-    }
-
-    /// The normal form of a scalar.
-    pub(crate) fn of(&mut self, expr: &Expr) -> Step<Normal> {
-        self.pay(1)?;
-        match expr {
-            Expr::Num { value, .. } => Ok(constant(self.check(value.clone())?)),
-            Expr::Sym(name) => Ok(self.single(Atom::Sym(name.clone()), Power::one())),
-            Expr::Pi => Ok(self.single(Atom::Pi, Power::one())),
-            Expr::E => Ok(self.single(Atom::E, Power::one())),
-            Expr::I => Ok(self.single(Atom::I, Power::one())),
-            Expr::Infinity => self.opaque("infinity".into()),
-            Expr::Neg(a) => {
-                let a = self.of(a)?;
-                Ok(self.neg(&a))
-            }
-            Expr::Add(terms) => {
-                let mut out = int(0);
-                for t in terms {
-                    let t = self.of(t)?;
-                    out = self.add(&out, &t)?;
-                }
-                Ok(out)
-            }
-            Expr::Mul(factors) => self.product(factors),
-            Expr::Apply(name, arg) => {
-                let head = self.single(Atom::Sym(name.clone()), Power::one());
-                let arg = self.of(arg)?;
-                self.mul(&head, &arg)
-            }
-            Expr::Div(a, b) => {
-                let (a, b) = (self.of(a)?, self.of(b)?);
-                if b.is_zero() {
-                    return Err(Stop::Undefined);
-                }
-                let b = self.inverse(&b)?;
-                self.mul(&a, &b)
-            }
-            Expr::Pow(a, b) => self.power(a, b),
-            Expr::Root(a, index) => {
-                let index = self.of(index)?.integer().and_then(|n| n.to_i64());
-                let index = index.filter(|n| (1..=1000).contains(n)).ok_or(Stop::Beyond)?;
-                let a = self.of(a)?;
-                if index == 1 {
-                    return Ok(a);
-                }
-                self.fraction_power(&a, Power::new(1, index))
-            }
-            Expr::Percent(a) => {
-                let a = self.of(a)?;
-                let hundredth = constant(BigRational::new(1.into(), 100.into()));
-                self.mul(&a, &hundredth)
-            }
-            Expr::Degree(a) => {
-                let a = self.of(a)?;
-                let part = constant(BigRational::new(1.into(), 180.into()));
-                let pi = self.single(Atom::Pi, Power::one());
-                let part = self.mul(&part, &pi)?;
-                self.mul(&a, &part)
-            }
-            Expr::Call(fun, args) => self.call(*fun, args),
-            Expr::Named(name, args) => {
-                let mut key = format!("named {name}");
-                for a in args {
-                    key.push('|');
-                    if let Expr::Matrix(rows) = a {
-                        for cell in rows.iter().flatten() {
-                            let cell = self.of(cell)?;
-                            key.push(';');
-                            key.push_str(&cell.key());
-                        }
-                        key.push_str(&format!("x{}", rows.len()));
-                        continue;
-                    }
-                    key.push_str(&self.of(a)?.key());
-                }
-                self.opaque(key)
-            }
-            _ => Err(Stop::Beyond),
-        }
-    }
-
-    fn call(&mut self, fun: Fun, args: &[Expr]) -> Step<Normal> {
-        let mut values = Vec::with_capacity(args.len());
-        for a in args {
-            values.push(self.of(a)?);
-        }
-        let rationals: Option<Vec<BigRational>> = values.iter().map(Normal::rational).collect();
-        if let Some(rationals) = rationals {
-            if let Some(result) = self.exact_call(fun, &rationals) {
-                return result;
-            }
-        }
-        match (fun, &values[..]) {
-            (Fun::Binomial, [n, k]) => {
-                if let Some(k) = k.integer().and_then(|k| k.to_u32()).filter(|&k| k <= 8) {
-                    let mut out = int(1);
-                    for j in 0..k {
-                        let j_th = self.sub(n, &int(i64::from(j)))?;
-                        out = self.mul(&out, &j_th)?;
-                        let part = constant(BigRational::new(1.into(), (j + 1).into()));
-                        out = self.mul(&out, &part)?;
-                    }
-                    return Ok(out);
-                }
-            }
-            (Fun::Log, [base, x]) => {
-                let (base, x) = (self.logarithm(base)?, self.logarithm(x)?);
-                if base.is_zero() {
-                    return Err(Stop::Undefined);
-                }
-                let base = self.inverse(&base)?;
-                return self.mul(&base, &x);
-            }
-            (Fun::Ln, [x]) => return self.logarithm(x),
-            _ => {}
-        }
-        let keys: Vec<String> = values.iter().map(Normal::key).collect();
-        self.opaque(format!("{fun:?} {}", keys.join("|")))
-    }
-
-    /// ln of a number over primes; of anything else an atom.
-    fn logarithm(&mut self, x: &Normal) -> Step<Normal> {
-        if let Some(value) = x.rational().filter(BigRational::is_positive) {
-            let mut out = int(0);
-            for (part, sign) in [(value.numer(), 1), (value.denom(), -1)] {
-                for (p, e, _) in self.factors(&part.clone())? {
-                    let ln = self.single(Atom::Opaque(format!("ln {p}")), Power::one());
-                    let term = self.mul(&ln, &int(e * sign))?;
-                    out = self.add(&out, &term)?;
-                }
-            }
-            return Ok(out);
-        }
-        if x.is_zero() {
-            return Err(Stop::Undefined);
-        }
-        if x.num.len() == 1 && x.den == one() {
-            let (mono, value) = x.num.first_key_value().ok_or(Stop::Beyond)?;
-            if let ([(id, power)], true) = (&mono[..], value.is_one()) {
-                if self.names[*id as usize] == Atom::E {
-                    let power = BigRational::new((*power.numer()).into(), (*power.denom()).into());
-                    return Ok(constant(power));
-                }
-            }
-        }
-        let key = format!("ln {}", x.key());
-        self.opaque(key)
-    }
-
-    /// A function of rationals whose value is rational; none if it has no such rule.
-    fn exact_call(&mut self, fun: Fun, args: &[BigRational]) -> Option<Step<Normal>> {
-        let ints: Option<Vec<BigInt>> = args.iter().map(|a| a.is_integer().then(|| a.to_integer())).collect();
-        let result = match (fun, args) {
-            (Fun::Abs, [x]) => x.abs(),
-            (Fun::Floor, [x]) => x.floor(),
-            (Fun::Ceil, [x]) => x.ceil(),
-            (Fun::Re, [x]) => x.clone(),
-            (Fun::Im, [_]) => BigRational::zero(),
-            (Fun::Min, args) => args.iter().min()?.clone(),
-            (Fun::Max, args) => args.iter().max()?.clone(),
-            (Fun::Factorial, [x]) => {
-                let n = x.is_integer().then(|| x.to_integer())?;
-                if n.is_negative() {
-                    return Some(Err(Stop::Undefined));
-                }
-                let Some(n) = n.to_u64().filter(|&n| n <= MAX_FACTORIAL) else {
-                    return Some(Err(Stop::Beyond));
-                };
-                if let Err(stop) = self.pay(n / 4 + 1) {
-                    return Some(Err(stop));
-                }
-                let product = (1..=n).fold(BigInt::one(), |acc, k| acc * k);
-                BigRational::from_integer(product)
-            }
-            (Fun::Binomial, [_, _]) => {
-                let ints = ints?;
-                let (n, k) = (ints[0].to_i64()?, ints[1].to_i64()?);
-                if !(0..=1000).contains(&n) || k < 0 {
-                    return None;
-                }
-                if k > n {
-                    return Some(Ok(int(0)));
-                }
-                let k = k.min(n - k);
-                if let Err(stop) = self.pay(k as u64 + 1) {
-                    return Some(Err(stop));
-                }
-                let mut out = BigInt::one();
-                for j in 0..k {
-                    out = out * (n - j) / (j + 1);
-                }
-                BigRational::from_integer(out)
-            }
-            (Fun::Gcd, [_, ..]) => {
-                let gcd = ints?.iter().fold(BigInt::zero(), |acc, n| gcd(&acc, n));
-                BigRational::from_integer(gcd)
-            }
-            (Fun::Lcm, [_, ..]) => {
-                let ints = ints?;
-                if ints.iter().any(Zero::is_zero) || ints.len() > 20 {
-                    return None;
-                }
-                let lcm = ints.iter().fold(BigInt::one(), |acc, n| (&acc / gcd(&acc, n) * n).abs());
-                BigRational::from_integer(lcm)
-            }
-            (Fun::Mod, [_, _]) => {
-                let ints = ints?;
-                if ints[1].is_zero() {
-                    return Some(Err(Stop::Undefined));
-                }
-                BigRational::from_integer(&ints[0] - floor_div(&ints[0], &ints[1]) * &ints[1])
-            }
-            _ => return None,
-        };
-        let checked = self.check(result);
-        Some(checked.map(constant))
     }
 
     /// Whether the two forms are the same quotient.
@@ -813,18 +537,18 @@ fn sum(a: &BigRational, b: &BigRational) -> BigRational {
 }
 
 /// The greatest common divisor, read off a reduced fraction.
-fn gcd(a: &BigInt, b: &BigInt) -> BigInt {
+pub(super) fn gcd(a: &BigInt, b: &BigInt) -> BigInt {
     if a.is_zero() || b.is_zero() {
         return (a + b).abs();
     }
     (b / BigRational::new(a.clone(), b.clone()).denom()).abs()
 }
 
-fn floor_div(a: &BigInt, b: &BigInt) -> BigInt {
+pub(super) fn floor_div(a: &BigInt, b: &BigInt) -> BigInt {
     BigRational::new(a.clone(), b.clone()).floor().to_integer()
 }
 
-fn small_power(value: &BigRational) -> Step<Power> {
+pub(super) fn small_power(value: &BigRational) -> Step<Power> {
     match (value.numer().to_i64(), value.denom().to_i64()) {
         (Some(top), Some(bottom)) if top.unsigned_abs() < 1 << 40 && bottom < 1 << 30 => {
             Ok(Power::new_raw(top, bottom))
@@ -843,7 +567,7 @@ fn add_powers(a: Power, b: Power) -> Step<Power> {
     }
 }
 
-fn mul_powers(a: Power, b: Power) -> Step<Power> {
+pub(super) fn mul_powers(a: Power, b: Power) -> Step<Power> {
     let (top, bottom) = (a.numer().checked_mul(*b.numer()), a.denom().checked_mul(*b.denom()));
     match (top, bottom) {
         (Some(t), Some(b)) if t.checked_abs().is_some_and(|t| t < 1 << 40) && b < 1 << 30 => {

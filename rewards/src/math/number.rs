@@ -72,7 +72,7 @@ impl Plain {
     }
 
     fn strip(mut self) -> Plain {
-        while self.places > 0 && self.digits % 10 == 0 {
+        while self.places > 0 && self.digits.is_multiple_of(10) {
             self.digits /= 10;
             self.places -= 1;
         }

@@ -156,7 +156,7 @@ impl<'a> Precise<'a> {
             },
             Expr::Pi => Z::real(Ball::pi()),
             Expr::E => {
-                self.pay(200)?;
+                self.pay(60)?;
                 Z::real(Ball::int(1).exp()?)
             }
             Expr::I => Z { re: Ball::int(0), im: Ball::int(1) },
@@ -180,7 +180,7 @@ impl<'a> Precise<'a> {
             Expr::Pow(a, b) => {
                 let exact = super::numeric::exact_power(b);
                 if **a == Expr::E && exact.is_none() {
-                    self.pay(400)?;
+                    self.pay(80)?;
                     return self.visit(b)?.settled().exp();
                 }
                 let (base, e) = (self.visit(a)?, self.visit(b)?);
@@ -224,13 +224,13 @@ impl<'a> Precise<'a> {
     fn power(&mut self, base: Z, e: &Z, exact: Option<(i64, i64)>) -> Option<Z> {
         self.pay(60)?;
         let base = base.settled();
-        if let Some((top, 1)) = exact {
-            if top.abs() < 1 << 16 {
-                if top < 0 && base.zero() {
-                    return None;
-                }
-                return base.int_power(top);
+        if let Some((top, 1)) = exact
+            && top.abs() < 1 << 16
+        {
+            if top < 0 && base.zero() {
+                return None;
             }
+            return base.int_power(top);
         }
         if base.zero() {
             return (e.is_real() && !e.re.negative() && !e.re.holds_zero()).then(|| base.clone());
@@ -243,12 +243,14 @@ impl<'a> Precise<'a> {
             };
             return root.int_power(top);
         }
-        self.pay(900)?;
-        if let Some((top, bottom)) = exact {
-            if bottom % 2 != 0 && base.is_real() && base.re.negative() {
-                let size = Z::real(base.re.neg().ln()?).times(e)?.exp()?;
-                return Some(if top % 2 == 0 { size } else { size.neg() });
-            }
+        self.pay(200)?;
+        if let Some((top, bottom)) = exact
+            && bottom % 2 != 0
+            && base.is_real()
+            && base.re.negative()
+        {
+            let size = Z::real(base.re.neg().ln()?).times(e)?.exp()?;
+            return Some(if top % 2 == 0 { size } else { size.neg() });
         }
         base.ln()?.times(e)?.exp()
     }
@@ -259,7 +261,7 @@ impl<'a> Precise<'a> {
         let one = Ball::int(1);
         match fun {
             Fun::Sin | Fun::Cos | Fun::Tan | Fun::Cot | Fun::Sec | Fun::Csc => {
-                self.pay(400)?;
+                self.pay(80)?;
                 let (s, c) = real()?.sin_cos()?;
                 Some(Z::real(match fun {
                     Fun::Sin => s,
@@ -271,18 +273,18 @@ impl<'a> Precise<'a> {
                 }))
             }
             Fun::Asin | Fun::Acos => {
-                self.pay(1_000)?;
+                self.pay(200)?;
                 let x = real()?;
                 let other = one.minus(&x.times(x)?)?.sqrt()?;
                 let angle = if fun == Fun::Asin { Ball::atan2(x, &other) } else { Ball::atan2(&other, x) };
                 Some(Z::real(angle?))
             }
             Fun::Atan => {
-                self.pay(1_000)?;
+                self.pay(200)?;
                 Some(Z::real(Ball::atan2(real()?, &one)?))
             }
             Fun::Sinh | Fun::Cosh | Fun::Tanh => {
-                self.pay(500)?;
+                self.pay(160)?;
                 let (up, down) = (x.exp()?, x.neg().exp()?);
                 let two = Z::real(Ball::int(2));
                 match fun {
@@ -292,15 +294,15 @@ impl<'a> Precise<'a> {
                 }
             }
             Fun::Ln => {
-                self.pay(700)?;
+                self.pay(150)?;
                 x.ln()
             }
             Fun::Log => {
-                self.pay(1_400)?;
+                self.pay(300)?;
                 self.visit(args.get(1)?)?.ln()?.over(&x.ln()?)
             }
             Fun::Exp => {
-                self.pay(400)?;
+                self.pay(80)?;
                 x.exp()
             }
             Fun::Abs => match x.is_real() {
@@ -328,9 +330,21 @@ impl<'a> Precise<'a> {
                 }
                 Some(out)
             }
-            Fun::Floor | Fun::Ceil | Fun::Gcd | Fun::Lcm | Fun::Mod | Fun::Min | Fun::Max => {
-                self.integral_call(fun, args)
+            Fun::Min | Fun::Max => {
+                let mut best = x;
+                for other in &args[1..] {
+                    let other = self.visit(other)?;
+                    if !best.is_real() || !other.is_real() {
+                        return None;
+                    }
+                    let gap = other.re.minus(&best.re)?;
+                    if gap.negative() == (fun == Fun::Min) {
+                        best = other;
+                    }
+                }
+                Some(best)
             }
+            Fun::Floor | Fun::Ceil | Fun::Gcd | Fun::Lcm | Fun::Mod => self.integral_call(fun, args),
         }
     }
 
@@ -344,8 +358,6 @@ impl<'a> Precise<'a> {
                 if b == 0 { None } else { a.checked_mul(b / super::numeric::gcd(a, b)).map(i64::abs) }
             })?,
             (Fun::Mod, [a, n]) if *n != 0 => a.rem_euclid(*n),
-            (Fun::Min, list) => *list.iter().min()?,
-            (Fun::Max, list) => *list.iter().max()?,
             _ => return None,
         };
         Some(Z::real(Ball::int(value)))

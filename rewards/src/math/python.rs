@@ -207,7 +207,7 @@ pub(crate) fn int_any_base(text: &str) -> Option<BigInt> {
         _ => (&lower[..], 10),
     };
     if digits.starts_with(['+', '-'])
-        || base == 10 && digits.len() > 1 && digits.starts_with('0') && digits.trim_matches('0') != ""
+        || base == 10 && digits.len() > 1 && digits.starts_with('0') && !digits.trim_matches('0').is_empty()
     {
         return None;
     }

@@ -284,7 +284,7 @@ fn sample(name: &str, point: usize, whole: bool) -> f64 {
     h = h.wrapping_mul(0xbf58_476d_1ce4_e5b9);
     h ^= h >> 32;
     if whole {
-        return 1.0 + (h % 9) as f64 + (point / 10) as f64;
+        return 4.0 + (h % 9) as f64 + (point / 10) as f64;
     }
     let unit = (h >> 11) as f64 / (1u64 << 53) as f64;
     let size = 0.31 + 2.3 * unit;

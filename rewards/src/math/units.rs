@@ -165,6 +165,8 @@ pub(crate) fn is_no_unit(word: &str) -> bool {
         "negative",
         "percent",
         "infinity",
+        "fails",
+        "fail",
         "undefined",
         "unknown",
         "none",
