@@ -108,79 +108,17 @@ pub(crate) fn scale(word: &str) -> Option<i64> {
 
 /// Words that are never a unit: what they say changes the value, or doubts it.
 pub(crate) fn is_no_unit(word: &str) -> bool {
-    const WORDS: &[&str] = &[
-        "not",
-        "or",
-        "nor",
-        "and",
-        "but",
-        "is",
-        "isn",
-        "no",
-        "wrong",
-        "incorrect",
-        "false",
-        "maybe",
-        "perhaps",
-        "plus",
-        "minus",
-        "times",
-        "over",
-        "squared",
-        "cubed",
-        "half",
-        "halves",
-        "third",
-        "thirds",
-        "quarter",
-        "fourth",
-        "fourths",
-        "fifth",
-        "fifths",
-        "tenth",
-        "tenths",
-        "hundredth",
-        "hundredths",
-        "thousandths",
-        "to",
-        "less",
-        "more",
-        "than",
-        "root",
-        "factorial",
-        "to",
-        "divided",
-        "by",
-        "choose",
-        "mod",
-        "approximately",
-        "instead",
-        "actually",
-        "either",
-        "otherwise",
-        "if",
-        "unless",
-        "exponent",
-        "power",
-        "negative",
-        "percent",
-        "infinity",
-        "fails",
-        "fail",
-        "undefined",
-        "unknown",
-        "none",
-        "eighth",
-        "eighths",
-        "sixth",
-        "sixths",
-        "sevenths",
-        "ninths",
-    ];
+    const WORDS: &str = "not or nor and but is isn no wrong incorrect false maybe perhaps plus minus times over \
+        squared cubed half halves third thirds quarter fourth fourths fifth fifths tenth tenths \
+        hundredth hundredths thousandths to less more than root factorial divided by choose mod \
+        approximately instead actually either otherwise if unless exponent power negative percent \
+        infinity fails fail undefined unknown none eighth eighths sixth sixths sevenths ninths";
     let lower = word.to_lowercase();
-    lower
-        .split(|c: char| !c.is_alphanumeric())
-        .any(|w| WORDS.contains(&w) || scale(w).is_some() || w.bytes().any(|b| b.is_ascii_digit()))
+    lower.split(|c: char| !c.is_alphanumeric()).any(|w| {
+        WORDS.split_ascii_whitespace().any(|word| word == w)
+            || scale(w).is_some()
+            || w.bytes().any(|b| b.is_ascii_digit())
+    })
 }
 
 /// Compares two written units, each with an optional power (`cm^2`).
