@@ -3,9 +3,7 @@
 //! The sampler and the learner both call these functions, so a token's logprob is the same number on both sides. Filters follow
 //! the order of Hugging Face transformers' logits processors: temperature, top-k, top-p, min-p.
 
-use std::cmp::Ordering;
-
-use crate::math::exp;
+use crate::math::{EXP_FLOOR, exp};
 use crate::simd::{LANES, simd_fn};
 
 /// How logits are turned into a distribution.
@@ -33,7 +31,7 @@ pub struct RowStats {
 /// Turns logits into logits/temperature with excluded tokens at −inf, in place.
 pub fn warp_row(row: &mut [f32], warp: &Warp, scratch: &mut Vec<(f32, u32)>) -> RowStats {
     if warp.temperature != 1.0 {
-        row.iter_mut().for_each(|x| *x /= warp.temperature);
+        divide(row, warp.temperature);
     }
     if warp.top_k > 0 && warp.top_k < row.len() {
         keep_top_k(row, warp.top_k, scratch);
@@ -43,12 +41,8 @@ pub fn warp_row(row: &mut [f32], warp: &Warp, scratch: &mut Vec<(f32, u32)>) -> 
     }
     let largest = row_largest(row);
     if warp.min_p > 0.0 {
-        let (min_p, largest) = (f64::from(warp.min_p), f64::from(largest));
-        for x in row.iter_mut() {
-            if (f64::from(*x) - largest).exp() < min_p {
-                *x = f32::NEG_INFINITY;
-            }
-        }
+        let bound = f64::from(largest) + f64::from(warp.min_p).ln();
+        row.iter_mut().filter(|x| f64::from(**x) < bound).for_each(|x| *x = f32::NEG_INFINITY);
     }
     let (sum, weighted) = exp_sums(row, largest);
     RowStats { lse: (f64::from(largest) + sum.ln()) as f32, entropy: (sum.ln() - weighted / sum) as f32 }
@@ -56,8 +50,21 @@ pub fn warp_row(row: &mut [f32], warp: &Warp, scratch: &mut Vec<(f32, u32)>) -> 
 
 /// Excludes what is smaller than the k-th largest.
 fn keep_top_k(row: &mut [f32], k: usize, scratch: &mut Vec<(f32, u32)>) {
+    // The k-th largest of the largest of disjoint parts is no larger than the k-th largest of all.
+    let part = (row.len() / (4 * k).max(512)).max(1);
     scratch.clear();
-    scratch.extend(row.iter().zip(0..).map(|(x, i)| (*x, i)));
+    scratch.extend(row.chunks(part).map(|part| (row_largest(part), 0)));
+    let least = if scratch.len() > k {
+        scratch.select_nth_unstable_by(k - 1, |a, b| b.0.total_cmp(&a.0)).1.0
+    } else {
+        f32::NEG_INFINITY
+    };
+    scratch.clear();
+    scratch.extend(row.iter().zip(0..).filter(|(x, _)| **x >= least).map(|(x, i)| (*x, i)));
+    if scratch.len() < k {
+        // NaN compares with nothing; it stays for the caller to find.
+        return;
+    }
     let (_, kth, _) = scratch.select_nth_unstable_by(k - 1, |a, b| b.0.total_cmp(&a.0));
     let bound = kth.0;
     row.iter_mut().filter(|x| **x < bound).for_each(|x| *x = f32::NEG_INFINITY);
@@ -72,15 +79,16 @@ fn keep_top_p(row: &mut [f32], p: f32, scratch: &mut Vec<(f32, u32)>) {
     // All that is below this bound goes: even together it holds less than the spare mass.
     let bound = (f64::from(largest) + (spare / row.len() as f64).ln()) as f32;
     scratch.clear();
-    let mut mass = 0.0;
+    let mut kept = 0.0;
     for (x, id) in row.iter_mut().zip(0..) {
         if *x >= bound || x.is_nan() {
             scratch.push((*x, id));
-        } else if *x > f32::NEG_INFINITY {
-            mass += weight(*x);
+            kept += weight(*x);
+        } else {
             *x = f32::NEG_INFINITY;
         }
     }
+    let mut mass = (sum - kept).max(0.0);
     scratch.sort_unstable_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
     for &(x, id) in scratch.iter().take(scratch.len().saturating_sub(1)) {
         mass += weight(x);
@@ -129,15 +137,10 @@ pub fn draw(row: &[f32], lse: f32, u: f64) -> u32 {
     last as u32
 }
 
-/// The largest element's index; the lowest of equals; 0 where there is none.
+/// The largest element's index; the lowest of equals; NaN is passed over; 0 where there is none.
 pub fn argmax(row: &[f32]) -> u32 {
-    let mut best = 0;
-    for (i, x) in row.iter().enumerate() {
-        if x.partial_cmp(&row[best]) == Some(Ordering::Greater) {
-            best = i;
-        }
-    }
-    best as u32
+    let largest = row_largest(row);
+    row.iter().position(|x| *x == largest).unwrap_or(0) as u32
 }
 
 /// Turns a row of [`warp_row`] into d loss / d raw logits, given d loss / d logprob(target) and d loss / d entropy.
@@ -161,7 +164,7 @@ simd_fn! {
         let share = S::splat(1.0 / temperature);
         let (dlogp, dentropy, entropy) = (S::splat(dlogp), S::splat(dentropy), S::splat(stats.entropy));
         // Below this exp is 0; the bound keeps 0·inf out of excluded tokens.
-        let floor = S::splat(-200.0);
+        let floor = S::splat(2.0 * EXP_FLOOR);
         for i in (0..row.len()).step_by(LANES) {
             let logp = S::max(floor, S::sub(S::load(&row[i..]), lse));
             let slope = S::fma(dentropy, S::add(logp, entropy), dlogp);
@@ -172,6 +175,16 @@ simd_fn! {
 }
 
 simd_fn! {
+    fn divide<S>(row: &mut [f32], by: f32) {
+        let by = S::splat(by);
+        for i in (0..row.len()).step_by(LANES) {
+            S::store(S::div(S::load(&row[i..]), by), &mut row[i..]);
+        }
+    }
+}
+
+simd_fn! {
+    /// The largest element; NaN is passed over.
     fn row_largest<S>(row: &[f32]) -> f32 {
         let mut largest = S::splat(f32::NEG_INFINITY);
         let whole = row.len() / LANES * LANES;
@@ -189,7 +202,7 @@ simd_fn! {
     /// Σ e^(x − offset) and Σ (x − offset)·e^(x − offset): f32 in 16 lanes by index mod 16 within a chunk, f64 over chunks.
     fn exp_sums<S>(row: &[f32], offset: f32) -> (f64, f64) {
         let offset = S::splat(offset);
-        let floor = S::splat(-200.0);
+        let floor = S::splat(2.0 * EXP_FLOOR);
         let (mut total, mut total_weighted) = (0.0, 0.0);
         for chunk in row.chunks(SUM_CHUNK) {
             let (mut sum, mut weighted) = (S::splat(0.0), S::splat(0.0));
