@@ -12,6 +12,9 @@ const ROW_BLOCK: usize = 192;
 /// Elements of a transposed part of the weights: 1 MiB, so that it is still in the caches when it is used.
 const TRANSPOSED: usize = 256 * 1024;
 
+/// Rows of a weight gradient that are added at a time: 576 inputs of them are half of a 2 MiB L2.
+const GRADIENT_ROWS: usize = 384;
+
 /// y[m, n] (+)= x[m, k]·Wᵀ for W in panels.
 pub(super) fn forward(
     pool: &Pool,
@@ -51,7 +54,7 @@ pub(super) fn input_gradient(
         pool.run(panels, |q| {
             // SAFETY: each panel of the transpose belongs to one item.
             let to = unsafe { transposed.part(q * PANEL * steps, PANEL * steps) };
-            transpose(w, k, from, steps, q * PANEL, to);
+            transpose(w, k, from, q * PANEL, to);
         });
         let left = View { start: &dy[from..], row: n, step: 1 };
         let write = if from == 0 { write } else { Write::Add };
@@ -59,18 +62,27 @@ pub(super) fn input_gradient(
     }
 }
 
-/// to[i][lane] = W[from + i, column + lane] for 32 columns; zero beyond k.
-fn transpose(w: &[f32], k: usize, from: usize, steps: usize, column: usize, to: &mut [f32]) {
-    let lanes = PANEL.min(k - column);
-    for (p, to) in to.chunks_mut(PANEL * PANEL).enumerate() {
-        let panel = &w[((from / PANEL + p) * k + column) * PANEL..][..lanes * PANEL];
-        let rows = to.len() / PANEL;
-        debug_assert!(rows <= PANEL && p * PANEL < steps);
-        for (i, to) in to.chunks_exact_mut(PANEL).enumerate() {
-            for lane in 0..lanes {
-                to[lane] = panel[lane * PANEL + i];
+simd_fn! {
+    /// to[i][lane] = W[from + i, column + lane] for 32 columns; zero beyond k.
+    fn transpose<S>(w: &[f32], k: usize, from: usize, column: usize, to: &mut [f32]) {
+        let lanes = PANEL.min(k - column);
+        for (p, to) in to.chunks_mut(PANEL * PANEL).enumerate() {
+            let panel = &w[((from / PANEL + p) * k + column) * PANEL..][..lanes * PANEL];
+            for half in 0..2 {
+                let (first, last) = (half * LANES, lanes.min(half * LANES + LANES));
+                for i in (0..PANEL).step_by(LANES) {
+                    let mut block = [S::splat(0.0); LANES];
+                    for lane in first..last {
+                        block[lane - first] = S::load(&panel[lane * PANEL + i..]);
+                    }
+                    S::transpose(&mut block);
+                    for (row, block) in block.into_iter().enumerate() {
+                        if let Some(to) = to.get_mut((i + row) * PANEL + first..).filter(|to| !to.is_empty()) {
+                            S::store(block, &mut to[..LANES]);
+                        }
+                    }
+                }
             }
-            to[lanes..].fill(0.0);
         }
     }
 }
@@ -86,20 +98,21 @@ pub(super) fn weight_gradient(
     dw_panels: &mut [f32],
 ) {
     let dw = Shared::new(dw_panels);
-    pool.run(n.div_ceil(PANEL), |p| {
-        let lanes = PANEL.min(n - p * PANEL);
-        // SAFETY: each panel belongs to one item.
-        let panel = unsafe { dw.block(p * PANEL * k, PANEL, k, PANEL) };
-        let mut packed = [0.0; ROW_BLOCK * PANEL];
-        for from in (0..m).step_by(ROW_BLOCK) {
-            let rows = ROW_BLOCK.min(m - from);
+    // All panels take a block of rows before the next one, so that its part of x stays in the caches.
+    for from in (0..m).step_by(GRADIENT_ROWS) {
+        let rows = GRADIENT_ROWS.min(m - from);
+        pool.run(n.div_ceil(PANEL), |p| {
+            let lanes = PANEL.min(n - p * PANEL);
+            let mut packed = [0.0; GRADIENT_ROWS * PANEL];
             for (r, to) in packed.chunks_exact_mut(PANEL).take(rows).enumerate() {
                 to[..lanes].copy_from_slice(&dy[(from + r) * n + p * PANEL..][..lanes]);
             }
+            // SAFETY: each panel belongs to one item.
+            let panel = unsafe { dw.block(p * PANEL * k, PANEL, k, PANEL) };
             let left = View { start: &x[from * k..], row: 1, step: k };
             multiply_panel(left, &packed, rows, &panel, Write::Add);
-        }
-    });
+        });
+    }
 }
 
 fn multiply(
