@@ -258,7 +258,7 @@ impl Tokenizer {
 fn parse(path: &Path, bytes: &[u8]) -> Result<tokenizers::Tokenizer> {
     // The tokenizers crate panics on some malformed files (found by mutation): JSON errors are caught before it, the
     // rest around it.
-    serde_json::from_slice::<serde::de::IgnoredAny>(bytes)
+    serde_json::from_slice::<Value>(bytes)
         .map_err(|e| EngineError::malformed(path, format!("line {}", e.line()), e.to_string()))?;
     let parsed = std::panic::catch_unwind(|| tokenizers::Tokenizer::from_bytes(bytes));
     parsed

@@ -7,6 +7,7 @@ pub mod gguf;
 pub mod gguf_names;
 pub mod lora;
 pub mod params;
+pub mod peft;
 pub mod policy;
 pub mod rope;
 pub mod source;

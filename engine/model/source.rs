@@ -36,11 +36,11 @@ enum Weights {
 }
 
 /// Where one safetensors tensor lies.
-struct Stored {
+pub(super) struct Stored {
     file: usize,
-    dtype: Dtype,
-    shape: Vec<usize>,
-    bytes: Range<usize>,
+    pub(super) dtype: Dtype,
+    pub(super) shape: Vec<usize>,
+    pub(super) bytes: Range<usize>,
 }
 
 impl ModelSource {
@@ -336,7 +336,7 @@ fn with_extension(folder: &Path, extension: &str) -> Result<Vec<PathBuf>> {
 
 /// Maps a file read-only.
 #[allow(unsafe_code)]
-fn map_file(path: &Path) -> Result<Mmap> {
+pub(super) fn map_file(path: &Path) -> Result<Mmap> {
     let file = File::open(path).map_err(EngineError::io(path))?;
     // SAFETY: the map is private and read-only and every use is bounds-checked against its length; a file that
     // another process shortens meanwhile ends this one with SIGBUS, as for any program that maps its weights.
@@ -383,7 +383,7 @@ fn shard_names(
     Ok(names.into_iter().map(|n| folder.join(n)).collect())
 }
 
-fn read_safetensors(
+pub(super) fn read_safetensors(
     path: &Path,
     map: &Mmap,
     file: usize,
@@ -419,7 +419,7 @@ fn read_safetensors(
     Ok(())
 }
 
-fn widen(dtype: Dtype, bytes: &[u8]) -> Option<Vec<f32>> {
+pub(super) fn widen(dtype: Dtype, bytes: &[u8]) -> Option<Vec<f32>> {
     Some(match dtype {
         Dtype::F32 => bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
         Dtype::BF16 => bytes.as_chunks::<2>().0.iter().map(|b| bf16::from_le_bytes(*b).to_f32()).collect(),

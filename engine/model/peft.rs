@@ -1,0 +1,160 @@
+//! A PEFT LoRA adapter on disk: `adapter_config.json` and `adapter_model.safetensors`, read.
+//!
+//! What the config asks for and the engine does not do (DoRA, biases, per-layer ranks, …) is an error that names
+//! the field; so is a stored matrix that no adapter site takes.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use memmap2::Mmap;
+use serde_json::{Map, Value};
+
+use super::lora::Adapter;
+use super::policy::Policy;
+use super::source::{Stored, map_file, read_safetensors, widen};
+use crate::config::LoraConfig;
+use crate::data::tokenizer::read_object;
+use crate::error::{EngineError, Result};
+
+/// An opened adapter folder.
+pub struct PeftAdapter {
+    path: PathBuf,
+    config: LoraConfig,
+    base: Option<String>,
+    map: Mmap,
+    tensors: BTreeMap<String, Stored>,
+}
+
+/// Fields that may only be off.
+const MUST_BE_OFF: [&str; 14] = [
+    "alora_invocation_tokens",
+    "alpha_pattern",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "layer_replication",
+    "layers_to_transform",
+    "lora_bias",
+    "modules_to_save",
+    "rank_pattern",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_dora",
+    "use_qalora",
+];
+
+impl PeftAdapter {
+    /// Opens an adapter folder.
+    ///
+    /// # Errors
+    /// Missing or malformed files; a field that is not supported, by name.
+    pub fn open(folder: impl AsRef<Path>) -> Result<Self> {
+        let folder = folder.as_ref();
+        let config_path = folder.join("adapter_config.json");
+        let fields = read_object(&config_path)?.ok_or_else(|| {
+            EngineError::malformed(
+                folder,
+                "adapter_config.json",
+                "missing\nhint: an adapter is a folder that peft's save_pretrained wrote",
+            )
+        })?;
+        let config = lora_config(&fields)
+            .map_err(|(field, message)| EngineError::malformed(&config_path, field, message))?;
+        let path = folder.join("adapter_model.safetensors");
+        let map = map_file(&path)?;
+        let mut tensors = BTreeMap::new();
+        read_safetensors(&path, &map, 0, &mut tensors)?;
+        let base = fields.get("base_model_name_or_path").and_then(Value::as_str).map(str::to_string);
+        Ok(Self { path, config, base, map, tensors })
+    }
+
+    /// Rank, scaling and targets.
+    pub fn config(&self) -> &LoraConfig {
+        &self.config
+    }
+
+    /// The base model that the adapter names.
+    pub fn base(&self) -> Option<&str> {
+        self.base.as_deref()
+    }
+
+    /// Puts the adapter on a policy's base model, in place of one that it has.
+    ///
+    /// # Errors
+    /// Missing or misshapen matrices, and stored ones that fit nowhere, each by name.
+    pub fn load_into(&self, policy: &mut Policy) -> Result<()> {
+        let mut adapter = Adapter::new(&policy.spec, &self.config, 0)?;
+        let mut used = 0;
+        for id in 0..adapter.arena.slots().len() {
+            adapter.arena.load_slot(id, |name, shape| {
+                used += 1;
+                self.tensor(name, shape)
+            })?;
+        }
+        if used != self.tensors.len() {
+            let places: Vec<&str> =
+                adapter.arena.slots().iter().flat_map(|s| s.parts.iter().map(|p| p.name.as_str())).collect();
+            let lost = self.tensors.keys().find(|name| !places.contains(&name.as_str()));
+            let lost = lost.map_or("", String::as_str);
+            return Err(EngineError::malformed(
+                &self.path,
+                format!("tensor `{lost}`"),
+                "this model has no place for it",
+            ));
+        }
+        policy.adapter = Some(adapter);
+        Ok(())
+    }
+
+    fn tensor(&self, name: &str, expect: &[usize]) -> Result<Vec<f32>> {
+        let fail = |message: String| EngineError::malformed(&self.path, format!("tensor `{name}`"), message);
+        let stored =
+            self.tensors.get(name).ok_or_else(|| fail(format!("missing, expected shape {expect:?}")))?;
+        if stored.shape != expect {
+            return Err(fail(format!("expected shape {expect:?}, found {:?}", stored.shape)));
+        }
+        widen(stored.dtype, &self.map[stored.bytes.clone()])
+            .ok_or_else(|| fail(format!("expected f32, bf16 or f16, found {:?}", stored.dtype)))
+    }
+}
+
+/// The supported part of an `adapter_config.json`; errors are (field, message).
+fn lora_config(fields: &Map<String, Value>) -> std::result::Result<LoraConfig, (&'static str, String)> {
+    let get = |key: &str| fields.get(key).filter(|v| !v.is_null());
+    let expect = |key: &'static str, what: &str| {
+        (key, format!("expected {what}, found {}", fields.get(key).unwrap_or(&Value::Null)))
+    };
+    if get("peft_type").and_then(Value::as_str) != Some("LORA") {
+        return Err(expect("peft_type", "\"LORA\""));
+    }
+    if get("bias").is_some_and(|b| b != "none") {
+        return Err(expect("bias", "\"none\""));
+    }
+    for key in MUST_BE_OFF {
+        let off = match get(key) {
+            None | Some(Value::Bool(false)) => true,
+            Some(Value::Array(list)) => list.is_empty(),
+            Some(Value::Object(map)) => map.is_empty(),
+            Some(_) => false,
+        };
+        if !off {
+            return Err((key, format!("{} is not supported", fields[key])));
+        }
+    }
+    let rank = get("r").and_then(Value::as_u64).filter(|r| (1..=4096).contains(r));
+    let alpha = get("lora_alpha").and_then(Value::as_f64).filter(|a| a.is_finite());
+    let default = LoraConfig::default();
+    let targets = match get("target_modules") {
+        Some(Value::Array(list)) => {
+            list.iter().map(|t| t.as_str().map(str::to_string)).collect::<Option<Vec<_>>>()
+        }
+        Some(Value::String(all)) if all == "all-linear" => Some(default.targets.clone()),
+        _ => None,
+    };
+    Ok(LoraConfig {
+        rank: rank.ok_or_else(|| expect("r", "a whole number from 1 to 4096"))? as usize,
+        alpha: alpha.ok_or_else(|| expect("lora_alpha", "a number"))? as f32,
+        rslora: get("use_rslora").and_then(Value::as_bool).unwrap_or(false),
+        targets: targets.ok_or_else(|| expect("target_modules", "a list of projection names"))?,
+    })
+}
