@@ -1,4 +1,7 @@
 //! No text makes the tool and box rewards panic or slow.
+//!
+//! Readers see mutated answers of every format, arbitrary text, a megabyte of any one thing, and more boxes than are
+//! compared.
 
 use proptest::prelude::*;
 use rft_rewards::{boxes::*, tools::*};
@@ -128,7 +131,7 @@ proptest! {
     }
 }
 
-/// One megabyte of trouble; every reader together stays within seconds, so each within a fraction of one.
+/// One megabyte of trouble through some sixty readers; each alone stays within a third of a second.
 #[test]
 fn a_megabyte_of_anything_is_read_in_linear_time() {
     let repeated = [
@@ -183,7 +186,8 @@ fn a_megabyte_of_anything_is_read_in_linear_time() {
             let start = Instant::now();
             read_all(&wrapped);
             let spent = start.elapsed();
-            assert!(spent < Duration::from_secs(8), "{piece:?} took {spent:?}");
+            // Quadratic readers take minutes; a busy machine takes a few seconds.
+            assert!(spent < Duration::from_secs(30), "{piece:?} took {spent:?}");
         }
     }
 }
