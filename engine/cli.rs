@@ -615,7 +615,7 @@ fn score_row(row: &Row, loaded: &Loaded, args: &LogprobsArgs) -> std::result::Re
         top_p: number("top_p", f64::from(args.top_p)) as f32,
         min_p: number("min_p", f64::from(args.min_p)) as f32,
     };
-    if !(warp.temperature > 0.0) {
+    if warp.temperature.is_nan() || warp.temperature <= 0.0 {
         return Err("the temperature must be positive".into());
     }
     Ok(ScoreRow { id: row.get("id").cloned().unwrap_or_default(), prompt, completion, warp })

@@ -516,10 +516,8 @@ impl Recipe {
         if self.train.inner_epochs == 0 {
             return fail("train.inner_epochs must be at least 1".into());
         }
-        if let Some(lora) = &self.model.lora {
-            if lora.rank == 0 || lora.targets.is_empty() {
-                return fail("model.lora: `rank` must be at least 1 and `targets` not empty".into());
-            }
+        if self.model.lora.as_ref().is_some_and(|lora| lora.rank == 0 || lora.targets.is_empty()) {
+            return fail("model.lora: `rank` must be at least 1 and `targets` not empty".into());
         }
         Ok(())
     }

@@ -1,7 +1,5 @@
 //! Decoders against transformers: logits, logprobs, entropies, greedy continuations and gradients of every golden model.
 
-mod common;
-
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -41,7 +39,8 @@ fn ids(golden: &Golden, name: &str) -> Vec<u32> {
 /// Largest excess of |got − want| over atol + rtol |want|; at most 1 is agreement.
 fn excess(got: &[f32], want: &[f32], (rtol, atol): (f64, f64)) -> f64 {
     assert_eq!(got.len(), want.len());
-    let one = |(g, w): (&f32, &f32)| (f64::from(*g) - f64::from(*w)).abs() / (atol + rtol * f64::from(*w).abs());
+    let one =
+        |(g, w): (&f32, &f32)| (f64::from(*g) - f64::from(*w)).abs() / (atol + rtol * f64::from(*w).abs());
     got.iter().zip(want).map(one).fold(0.0, |a, b| if b.is_nan() { f64::INFINITY } else { a.max(b) })
 }
 
@@ -49,7 +48,13 @@ fn warp(temperature: f32) -> Warp {
     Warp { temperature, top_k: 0, top_p: 1.0, min_p: 0.0 }
 }
 
-fn scores(trainer: &mut Trainer, pool: &Pool, policy: &Policy, tokens: &[u32], t: f32) -> (Vec<f32>, Vec<f32>) {
+fn scores(
+    trainer: &mut Trainer,
+    pool: &Pool,
+    policy: &Policy,
+    tokens: &[u32],
+    t: f32,
+) -> (Vec<f32>, Vec<f32>) {
     let groups = [GroupTokens { prompt: &tokens[..1], completions: vec![&tokens[1..]] }];
     let batch = pack(&groups, &micro_batches(&groups, usize::MAX)[0]);
     let scores = trainer.forward(pool, &policy.weights(), &batch, &warp(t));
@@ -73,10 +78,22 @@ fn gradient(pool: &Pool, policy: &Policy, golden: &Golden, sequences: usize) -> 
     (loss, grads)
 }
 
-fn greedy(pool: &Pool, policy: &Policy, source: &ModelSource, tokens: &[u32], n: usize) -> (Vec<u32>, Vec<f32>) {
+fn greedy(
+    pool: &Pool,
+    policy: &Policy,
+    source: &ModelSource,
+    tokens: &[u32],
+    n: usize,
+) -> (Vec<u32>, Vec<f32>) {
     let mut model = PagedDecoder::new(policy.weights());
     let mut engine = RolloutEngine::new(&model, 64).with_prefill_rows(13);
-    let prompt = Prompt { index: 0, id: "p".into(), text: String::new(), tokens: tokens.to_vec(), fields: Arc::default() };
+    let prompt = Prompt {
+        index: 0,
+        id: "p".into(),
+        text: String::new(),
+        tokens: tokens.to_vec(),
+        fields: Arc::default(),
+    };
     let sampling = SamplingConfig {
         max_new_tokens: n,
         temperature: 0.0,
@@ -107,7 +124,8 @@ fn parity_models_agree_with_transformers() {
     names.sort();
     let (mut models, mut checks) = (0, 0);
     for dir in names {
-        let manifest: Value = serde_json::from_slice(&std::fs::read(dir.join("golden.json")).unwrap()).unwrap();
+        let manifest: Value =
+            serde_json::from_slice(&std::fs::read(dir.join("golden.json")).unwrap()).unwrap();
         if manifest.get("cases").is_some() {
             println!("{}: vision-language models are not read yet", dir.display());
             continue;
@@ -139,22 +157,33 @@ fn parity_models_agree_with_transformers() {
                 let expected = ids(&golden, &at("greedy_ids"));
                 let (found, found_logprobs) = greedy(&pool, &policy, &source, &tokens, expected.len());
                 assert_eq!(found, expected, "{name} {}", at("greedy_ids"));
-                check(at("greedy_logprobs"), excess(&found_logprobs, &floats(&golden, &at("greedy_logprobs")), FORWARD));
+                check(
+                    at("greedy_logprobs"),
+                    excess(&found_logprobs, &floats(&golden, &at("greedy_logprobs")), FORWARD),
+                );
             }
         }
         let (loss, grads) = gradient(&pool, &policy, &golden, sequences);
         let expected = f64::from(floats(&golden, "loss")[0]);
-        assert!((loss - expected).abs() <= 1e-3 + 1e-5 * expected.abs(), "{name}: loss {loss}, expected {expected}");
+        assert!(
+            (loss - expected).abs() <= 1e-3 + 1e-5 * expected.abs(),
+            "{name}: loss {loss}, expected {expected}"
+        );
         let stats = manifest["grad_stats"].as_object().unwrap();
         let mut seen = 0;
         for id in 0..policy.base.slots().len() {
             let values = &grads.base[policy.base.grad_range(id).unwrap()];
             for (tensor, _, got) in policy.base.tensors_of(id, values) {
                 let norm = got.iter().map(|g| f64::from(*g).powi(2)).sum::<f64>().sqrt();
-                let want = stats.get(&tensor).unwrap_or_else(|| panic!("{name}: no statistics of {tensor}"))["l2"].as_f64();
+                let want = stats.get(&tensor).unwrap_or_else(|| panic!("{name}: no statistics of {tensor}"))
+                    ["l2"]
+                    .as_f64();
                 check(format!("l2 of {tensor}"), (norm / want.unwrap() - 1.0).abs() / 1e-4);
                 if golden.contains_key(&format!("grad.{tensor}")) {
-                    check(format!("grad.{tensor}"), excess(&got, &floats(&golden, &format!("grad.{tensor}")), GRADIENT));
+                    check(
+                        format!("grad.{tensor}"),
+                        excess(&got, &floats(&golden, &format!("grad.{tensor}")), GRADIENT),
+                    );
                 }
                 seen += 1;
             }

@@ -200,7 +200,8 @@ fn stored_rewards_are_reproduced_by_score_and_logprobs_by_logprobs() {
     let run = folder.launch("run", &["train.steps=1"]);
     assert!(run.status.success(), "{}", stderr(&run));
     let samples = folder.at("run/samples.jsonl");
-    let scored = program(&["score", "--reward", "math", "--reward", "format", "--data", samples.to_str().unwrap()]);
+    let scored =
+        program(&["score", "--reward", "math", "--reward", "format", "--data", samples.to_str().unwrap()]);
     assert!(scored.status.success(), "{}", stderr(&scored));
     let rows: Vec<Value> =
         String::from_utf8_lossy(&scored.stdout).lines().map(|l| serde_json::from_str(l).unwrap()).collect();
@@ -211,11 +212,24 @@ fn stored_rewards_are_reproduced_by_score_and_logprobs_by_logprobs() {
     }
 
     let model = folder.at("run/final");
-    let generated = program(&["generate", "--model", model.to_str().unwrap(), "--prompt", "3+4=", "--n", "3", "--max-new-tokens", "20", "--temperature", "0.9"]);
+    let generated = program(&[
+        "generate",
+        "--model",
+        model.to_str().unwrap(),
+        "--prompt",
+        "3+4=",
+        "--n",
+        "3",
+        "--max-new-tokens",
+        "20",
+        "--temperature",
+        "0.9",
+    ]);
     assert!(generated.status.success(), "{}", stderr(&generated));
     let file = folder.at("generated.jsonl");
     std::fs::write(&file, &generated.stdout).unwrap();
-    let rescored = program(&["logprobs", "--model", model.to_str().unwrap(), "--data", file.to_str().unwrap()]);
+    let rescored =
+        program(&["logprobs", "--model", model.to_str().unwrap(), "--data", file.to_str().unwrap()]);
     assert!(rescored.status.success(), "{}", stderr(&rescored));
     let again: Vec<Value> =
         String::from_utf8_lossy(&rescored.stdout).lines().map(|l| serde_json::from_str(l).unwrap()).collect();
@@ -254,7 +268,12 @@ fn what_cannot_work_is_refused_with_its_place() {
 
     let output = program(&["launch", folder.at("missing.toml").to_str().unwrap()]);
     assert!(stderr(&output).contains("missing.toml"), "{}", stderr(&output));
-    std::fs::write(folder.at("recipe.toml"), "[model]\npath = \"m\"\n[data]\npath = \"d\"\n[rolout]\n").unwrap();
+    std::fs::write(folder.at("recipe.toml"), "[model]\npath = \"m\"\n[data]\npath = \"d\"\n[rolout]\n")
+        .unwrap();
     let output = folder.launch("refused", &[]);
-    assert!(stderr(&output).contains("line 5") && stderr(&output).contains("`rollout`"), "{}", stderr(&output));
+    assert!(
+        stderr(&output).contains("line 5") && stderr(&output).contains("`rollout`"),
+        "{}",
+        stderr(&output)
+    );
 }

@@ -60,7 +60,7 @@ fn problem(config: &ArithmeticConfig, seed: u64, split: Split, row: u64) -> Map<
     let (a, b) = loop {
         let (a, b) = (draw.below(config.max_operand + 1), draw.below(config.max_operand + 1));
         // one pair in eight is held out, whatever the seed
-        let heldout = Stream::new(0, Purpose::Task, &[a, b]).at(0) % 8 == 0;
+        let heldout = Stream::new(0, Purpose::Task, &[a, b]).at(0).is_multiple_of(8);
         if heldout == (split == Split::Heldout) {
             break (a, b);
         }

@@ -446,10 +446,11 @@ impl Detokenizer {
         // Tokens that wait at the end finish with the text.
         let settled = self.text.len() as u32;
         let waiting = self.ends.iter().rev().take_while(|e| **e == settled).count();
-        if whole.len() > self.text.len() && waiting > 0 {
-            if let Some(last) = self.ends.last_mut() {
-                *last = whole.len() as u32;
-            }
+        if whole.len() > self.text.len()
+            && waiting > 0
+            && let Some(last) = self.ends.last_mut()
+        {
+            *last = whole.len() as u32;
         }
         // A decoder that rewrote earlier text can have moved the character boundaries.
         for end in &mut self.ends {

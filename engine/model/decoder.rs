@@ -94,6 +94,7 @@ impl<'a> Weights<'a> {
 }
 
 /// Runs one layer in place on the residual stream `h [m, hidden]`.
+#[allow(clippy::too_many_arguments)]
 pub(super) fn layer_forward(
     pool: &Pool,
     w: &Weights,

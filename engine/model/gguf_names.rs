@@ -340,7 +340,7 @@ impl GgufModel {
             Change::Unrotate { heads } => {
                 let rows = found.shape[0];
                 // A shape that does not divide is left as it is; the config's shape check has refused it already.
-                if rows > 0 && heads > 0 && rows % (2 * heads) == 0 {
+                if rows > 0 && heads > 0 && rows.is_multiple_of(2 * heads) {
                     out = unrotate(&out, heads, rows / heads, out.len() / rows);
                 }
             }

@@ -5,6 +5,7 @@
 //! [`Arena::trainable_len`] numbers that hold the trainable slots in slot order, so every sum over parameters
 //! has one fixed order. In bf16 precision the matrices have a bf16 shadow, remade after each update.
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 use rft_kernels::{Matrix, Pool, bf16_panels_len, pack_panels, panels_len, to_bf16_panels, unpack_panels};
@@ -220,13 +221,16 @@ impl Arena {
             .collect()
     }
 
-    /// Copies the trainable slots' values, in slot order, as the optimizer and the checkpoints lay them out.
-    pub fn trainable_values(&self) -> Vec<f32> {
+    /// The trainable slots' values, in slot order, as the optimizer and the checkpoints lay them out.
+    pub fn trainable_values(&self) -> Cow<'_, [f32]> {
+        if self.trainable_len == self.data.len() {
+            return Cow::Borrowed(&self.data);
+        }
         let mut out = Vec::with_capacity(self.trainable_len);
         for slot in self.slots.iter().filter(|s| s.trainable) {
             out.extend_from_slice(&self.data[slot.start..slot.start + slot.shape.stored_len()]);
         }
-        out
+        Cow::Owned(out)
     }
 
     /// The inverse of [`Arena::trainable_values`].

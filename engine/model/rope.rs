@@ -149,7 +149,7 @@ impl RopeSpec {
         }
         let partial = number("partial_rotary_factor")?.unwrap_or(default_partial);
         let rotary_dim = (head_dim as f64 * partial) as usize;
-        if rotary_dim == 0 || rotary_dim % 2 != 0 || rotary_dim > head_dim {
+        if rotary_dim == 0 || !rotary_dim.is_multiple_of(2) || rotary_dim > head_dim {
             return Err(format!(
                 "partial_rotary_factor: {partial} of head_dim {head_dim} gives {rotary_dim} rotary dimensions; expected an even number from 2 to {head_dim}"
             ));

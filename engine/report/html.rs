@@ -51,10 +51,8 @@ fn page(
         html += "</table>";
     }
     html += "<h2>Curves</h2>";
-    let keys = metrics
-        .first()
-        .map(|m| m.keys().filter(|k| *k != "step").cloned().collect())
-        .unwrap_or_else(Vec::new);
+    let keys =
+        metrics.first().map(|m| m.keys().filter(|k| *k != "step").cloned().collect()).unwrap_or_default();
     for key in &keys {
         let points: Vec<(f64, f64)> =
             metrics.iter().filter_map(|m| Some((m.get("step")?.as_f64()?, m.get(key)?.as_f64()?))).collect();
