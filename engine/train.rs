@@ -837,6 +837,7 @@ fn sample_rows(step: u64, groups: &[ScoredGroup], advantages: &[f32]) -> Vec<Val
                 "advantage": advantage,
                 "finish_reason": completion.finish,
                 "tokens": completion.tokens,
+                "token_ends": completion.token_ends,
                 "logprobs": completion.logprobs,
             });
             if let Value::Object(own) = own {
