@@ -49,7 +49,11 @@ fn files_under(path: &str) -> Vec<PathBuf> {
 /// Files of a top-level module of the engine.
 fn module_files(module: &str) -> Vec<PathBuf> {
     let single = format!("engine/{module}.rs");
-    if root().join(&single).exists() { files_under(&single) } else { files_under(&format!("engine/{module}")) }
+    if root().join(&single).exists() {
+        files_under(&single)
+    } else {
+        files_under(&format!("engine/{module}"))
+    }
 }
 
 /// The code of a file that users get: what stands before its tests, comments left out.
@@ -61,8 +65,10 @@ fn code(path: &Path) -> String {
 
 /// Names of modules after `crate::` and of the member crates.
 fn known(code: &str) -> BTreeSet<String> {
-    let name = |text: &str| -> String { text.chars().take_while(|c| c.is_ascii_lowercase() || *c == '_').collect() };
-    let mut found: BTreeSet<String> = code.split("crate::").skip(1).map(name).filter(|n| !n.is_empty()).collect();
+    let name =
+        |text: &str| -> String { text.chars().take_while(|c| c.is_ascii_lowercase() || *c == '_').collect() };
+    let mut found: BTreeSet<String> =
+        code.split("crate::").skip(1).map(name).filter(|n| !n.is_empty()).collect();
     found.extend(["rft_kernels", "rft_rewards"].into_iter().filter(|n| code.contains(n)).map(String::from));
     found
 }
@@ -115,7 +121,8 @@ fn unsafe_code_is_in_the_kernels_and_in_one_memory_map() {
 #[test]
 fn only_the_config_reads_toml_and_only_the_top_prints() {
     for file in files_under("engine") {
-        let (code, name) = (code(&file), file.strip_prefix(root().join("engine")).unwrap().display().to_string());
+        let (code, name) =
+            (code(&file), file.strip_prefix(root().join("engine")).unwrap().display().to_string());
         assert!(name == "config.rs" || !code.contains("toml::"), "{name} reads TOML");
         let prints = code.contains("println!") || code.contains("print!");
         let may_print = ["cli.rs", "main.rs", "train.rs", "report/progress.rs"].contains(&name.as_str());
@@ -130,7 +137,8 @@ fn the_trees_in_the_documents_are_the_tree() {
     for document in ["README.md", "ARCHITECTURE.md"] {
         let text = fs::read_to_string(root().join(document)).unwrap();
         for module in modules.clone() {
-            let named = [format!("{module}.rs"), format!("{module}/")].iter().any(|n| text.contains(n.as_str()));
+            let named =
+                [format!("{module}.rs"), format!("{module}/")].iter().any(|n| text.contains(n.as_str()));
             assert!(named, "{document} leaves {module} out of its tree");
         }
     }

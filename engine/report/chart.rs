@@ -126,7 +126,7 @@ fn moving_mean(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
 /// A number as a person reads it: four significant digits, thousands shortened to k, M and G.
 pub fn number(value: f64) -> String {
     let short = |v: f64, unit: &str| {
-        let digits = (3 - v.abs().log10().floor().max(0.0) as i32).max(0) as usize;
+        let digits = (3 - v.abs().log10().floor() as i32).max(0) as usize;
         let text = format!("{v:.digits$}");
         let text = if text.contains('.') { text.trim_end_matches('0').trim_end_matches('.') } else { &text };
         format!("{text}{unit}")
@@ -157,7 +157,7 @@ mod tests {
             assert_eq!(number(value), text);
         }
         assert_eq!((number(2.5e-5), number(231_931_904.0)), ("2.50e-5".into(), "231.9M".into()));
-        assert_eq!(number(-0.0429), "-0.043");
+        assert_eq!((number(-0.0429), number(0.004_212_3)), ("-0.0429".into(), "0.004212".into()));
     }
 
     #[test]
