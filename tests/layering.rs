@@ -17,7 +17,7 @@ const MAY_KNOW: [(&str, &[&str]); 13] = [
     ("rollout", &["data", "error", "rng", "types", "rft_kernels"]),
     ("reward", &["config", "data", "error", "types", "rft_rewards"]),
     ("advantage", &[]),
-    ("loss", &[]),
+    ("loss", &["advantage"]),
     ("learner", &["config", "error", "model", "types", "rft_kernels"]),
     ("report", &["error"]),
 ];
