@@ -33,7 +33,7 @@ use crate::model::lora::Adapter;
 use crate::model::params::Arena;
 use crate::model::policy::{Policy, Weights, new_model_spec};
 use crate::model::source::ModelSource;
-use crate::report::metrics::{EvalResult, StepMetrics, Summary, rss_peak_bytes};
+use crate::report::metrics::{EvalResult, StepMetrics, Summary, environment, rss_peak_bytes};
 use crate::report::progress::{self, Example, Progress};
 use crate::report::sinks::RunFolder;
 use crate::reward::{ScoredGroup, Scorer, component_means, error_counts};
@@ -595,6 +595,7 @@ impl Run {
             rss_peak_bytes: rss_peak_bytes(),
             final_model: "final".into(),
             version: env!("CARGO_PKG_VERSION").into(),
+            environment: environment(self.pool.threads(), rft_kernels::isa().name()),
         };
         folder.json("summary.json", &summary)?;
         crate::report::html::write(root)?;
@@ -837,6 +838,7 @@ fn sample_rows(step: u64, groups: &[ScoredGroup], advantages: &[f32]) -> Vec<Val
                 "advantage": advantage,
                 "finish_reason": completion.finish,
                 "tokens": completion.tokens,
+                "token_ends": completion.token_ends,
                 "logprobs": completion.logprobs,
             });
             if let Value::Object(own) = own {
@@ -858,10 +860,7 @@ fn example(scored: &ScoredGroup) -> Example {
 
 /// Says in words when a step cannot have taught anything, or when verifiers failed.
 fn warn_about(metrics: &StepMetrics, groups: &[ScoredGroup], progress: &mut Progress) {
-    let mut say = |line: String| {
-        progress.finish();
-        eprintln!("warning: step {}: {line}", metrics.step);
-    };
+    let say = |line: String| progress.say(&format!("warning: step {}: {line}", metrics.step));
     if metrics.zero_variance_groups == groups.len() {
         say(format!(
             "every group's rewards are equal (mean {:.3}): nothing was learned. hint: easier or harder prompts, a larger \

@@ -137,6 +137,32 @@ pub struct Summary {
     pub final_model: String,
     /// Version of this program.
     pub version: String,
+    /// The machine, as [`environment`] describes it.
+    pub environment: Map<String, Value>,
+}
+
+/// What the numbers of a run depend on beside its recipe: processor, threads, instruction set of the kernels, memory, system.
+pub fn environment(threads: usize, isa: &str) -> Map<String, Value> {
+    let first = |path: &str, key: &str| {
+        let text = std::fs::read_to_string(path).unwrap_or_default();
+        let line = text.lines().find_map(|l| l.strip_prefix(key)).unwrap_or("unknown");
+        line.trim_start_matches([' ', '\t', ':']).trim().to_string()
+    };
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let memory =
+        first("/proc/meminfo", "MemTotal").trim_end_matches(" kB").parse::<u64>().map_or(0, |kib| kib * 1024);
+    let map = json!({
+        "cpu": first("/proc/cpuinfo", "model name"),
+        "cores": cores,
+        "threads": threads,
+        "kernels": isa,
+        "memory_bytes": memory,
+        "system": format!("{} {}", std::env::consts::OS, std::env::consts::ARCH),
+    });
+    match map {
+        Value::Object(map) => map,
+        _ => unreachable!("the literal above is an object"),
+    }
 }
 
 /// Peak resident memory of this process; 0 where the system does not tell.

@@ -1,5 +1,6 @@
 //! What a run leaves behind: metrics, samples, curves, a page.
 
+pub mod chart;
 pub mod html;
 pub mod metrics;
 pub mod progress;

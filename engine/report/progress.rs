@@ -1,20 +1,21 @@
 //! What a person sees while a run goes on, and at its end. Everything goes to stderr.
 
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
 use crate::report::metrics::{EvalResult, StepMetrics};
 
-/// A line a step: redrawn in place on a terminal, printed one below the other elsewhere.
+/// A line a step: redrawn in place and cut to the width of a terminal, printed one below the other elsewhere. No colours.
 #[derive(Debug)]
 pub struct Progress {
-    terminal: bool,
+    bar: Option<ProgressBar>,
     label: String,
     total: u64,
     first: u64,
     started: Instant,
-    pending: bool,
 }
 
 /// A completion to show at the end.
@@ -33,15 +34,20 @@ pub struct Example {
 impl Progress {
     /// Starts a stage that has done `first` of its `total` steps.
     pub fn start(label: &str, first: u64, total: u64) -> Self {
-        let terminal = std::io::stderr().is_terminal();
-        Self { terminal, label: label.to_string(), total, first, started: Instant::now(), pending: false }
+        let bar = std::io::stderr().is_terminal().then(|| {
+            let style = ProgressStyle::with_template("{prefix} {bar:16} {pos}/{len}  {wide_msg}")
+                .expect("the template above is well formed");
+            let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::stderr());
+            bar.with_style(style).with_prefix(label.to_string()).with_position(first)
+        });
+        Self { bar, label: label.to_string(), total, first, started: Instant::now() }
     }
 
     /// One step of supervised fine-tuning.
     pub fn sft_step(&mut self, step: u64, loss: f64, tokens_per_s: f64) {
         let text = format!("loss {loss:.4}  {tokens_per_s:.0} tok/s");
         // without a terminal, every tenth step is enough to follow a warm-up
-        if self.terminal || step.is_multiple_of(10) || step == self.total {
+        if self.bar.is_some() || step % 10 == 0 || step == self.total {
             self.line(step, &text);
         }
     }
@@ -58,21 +64,31 @@ impl Progress {
         self.line(m.step, &text);
     }
 
-    fn line(&mut self, step: u64, text: &str) {
-        let done = step.saturating_sub(self.first).max(1);
-        let left = self.started.elapsed().mul_f64(self.total.saturating_sub(step) as f64 / done as f64);
-        let line = format!("{} {step:>4}/{}  {text}  {} left", self.label, self.total, clock(left));
-        let mut err = std::io::stderr().lock();
-        // a progress line that cannot be written is no reason to stop a run
-        let _ = if self.terminal { write!(err, "\r\x1b[2K{line}") } else { writeln!(err, "{line}") };
-        let _ = err.flush();
-        self.pending = self.terminal;
+    /// A line of its own above the live one, or below the last.
+    pub fn say(&self, line: &str) {
+        match &self.bar {
+            Some(bar) => bar.suspend(|| eprintln!("{line}")),
+            None => eprintln!("{line}"),
+        }
     }
 
-    /// Ends the live line.
+    fn line(&mut self, step: u64, text: &str) {
+        let done = step.saturating_sub(self.first).max(1);
+        let left =
+            clock(self.started.elapsed().mul_f64(self.total.saturating_sub(step) as f64 / done as f64));
+        match &self.bar {
+            Some(bar) => {
+                bar.set_position(step);
+                bar.set_message(format!("{left} left  {text}"));
+            }
+            None => eprintln!("{} {step:>4}/{}  {text}  {left} left", self.label, self.total),
+        }
+    }
+
+    /// Ends the live line and leaves it where it is.
     pub fn finish(&mut self) {
-        if std::mem::take(&mut self.pending) {
-            eprintln!();
+        if let Some(bar) = self.bar.take() {
+            bar.abandon();
         }
     }
 }

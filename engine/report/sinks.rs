@@ -34,7 +34,7 @@ impl RunFolder {
         fs::create_dir_all(root).map_err(EngineError::io(root))?;
         let path = root.join("recipe.toml");
         fs::write(&path, recipe).map_err(EngineError::io(&path))?;
-        Self::open(root)
+        Self::open(root, 0)
     }
 
     /// Opens a run folder to go on after `step`: later lines of metrics.jsonl and samples.jsonl are dropped.
@@ -45,16 +45,16 @@ impl RunFolder {
         for name in ["metrics.jsonl", "samples.jsonl"] {
             keep_steps(&root.join(name), step)?;
         }
-        Self::open(root)
+        Self::open(root, step)
     }
 
-    fn open(root: &Path) -> Result<Self> {
+    fn open(root: &Path, step: u64) -> Result<Self> {
         let append = |name: &str| {
             let path = root.join(name);
             OpenOptions::new().create(true).append(true).open(&path).map_err(EngineError::io(path))
         };
         let (metrics, samples) = (append("metrics.jsonl")?, append("samples.jsonl")?);
-        Ok(Self { root: root.to_path_buf(), metrics, samples, events: EventWriter::create(root)? })
+        Ok(Self { root: root.to_path_buf(), metrics, samples, events: EventWriter::create(root, step)? })
     }
 
     /// The folder.

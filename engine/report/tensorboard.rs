@@ -20,11 +20,12 @@ pub struct EventWriter {
 }
 
 impl EventWriter {
-    /// Makes a new event file in `folder`.
+    /// Makes a new event file in `folder` whose first step comes after `after`. TensorBoard forgets what older files of the
+    /// folder say of later steps: a resumed run takes those again.
     ///
     /// # Errors
     /// A file that cannot be written.
-    pub fn create(folder: &Path) -> Result<Self> {
+    pub fn create(folder: &Path, after: u64) -> Result<Self> {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let path =
             folder.join(format!("events.out.tfevents.{}.{:09}.rft", now.as_secs(), now.subsec_nanos()));
@@ -32,6 +33,12 @@ impl EventWriter {
         let mut writer = Self { file, path };
         let mut event = wall_time();
         put_bytes(&mut event, 3, b"brain.Event:2");
+        writer.record(&event)?;
+        let mut event = wall_time();
+        event.push(2 << 3);
+        put_varint(&mut event, after + 1);
+        // session_log { status: START }
+        put_bytes(&mut event, 7, &[1 << 3, 1]);
         writer.record(&event)?;
         Ok(writer)
     }
@@ -120,18 +127,22 @@ mod tests {
     #[test]
     fn a_scalar_reads_back() {
         let dir = tempfile::tempdir().unwrap();
-        let mut writer = EventWriter::create(dir.path()).unwrap();
+        let mut writer = EventWriter::create(dir.path(), 299).unwrap();
         let Value::Object(line) = serde_json::json!({"step": 300, "loss": 0.25}) else { unreachable!() };
         writer.scalars(300, &line).unwrap();
         let bytes = std::fs::read(&writer.path).unwrap();
-        let first = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
-        let second = &bytes[first + 16..];
-        let length = u64::from_le_bytes(second[..8].try_into().unwrap()) as usize;
-        let event = &second[12..12 + length];
-        assert_eq!(second.len(), length + 16);
-        // wall_time (9 bytes), step 300 as a varint, then summary { value { tag, simple_value } }
-        assert_eq!(&event[9..12], [2 << 3, 0xac, 0x02]);
+        let (mut events, mut rest) = (Vec::new(), &bytes[..]);
+        while !rest.is_empty() {
+            let length = u64::from_le_bytes(rest[..8].try_into().unwrap()) as usize;
+            events.push(&rest[12..12 + length]);
+            rest = &rest[16 + length..];
+        }
+        assert_eq!(events.len(), 3);
+        // wall_time (9 bytes), step 300 as a varint, then session_log { status: START }
+        assert_eq!(events[1][9..], [2 << 3, 0xac, 0x02, 58, 2, 8, 1]);
+        // the same step, then summary { value { tag, simple_value } }
+        assert_eq!(&events[2][9..12], [2 << 3, 0xac, 0x02]);
         let expected = [&[42, 13, 10, 11, 10, 4][..], b"loss", &[21], &0.25f32.to_le_bytes()].concat();
-        assert_eq!(&event[12..], expected);
+        assert_eq!(&events[2][12..], expected);
     }
 }
