@@ -12,7 +12,7 @@ use super::core::{
 };
 use super::segments::{Segment, Span, Transposed};
 use crate::pool::Pool;
-use crate::shared::Shared;
+use crate::shared::{Block, Shared};
 use crate::simd::{LANES, Simd, simd_fn};
 
 /// dqkv = gradient for the fused rows, given the forward's `out` and `dout`, both [rows, heads·d]. All of dqkv is overwritten; rows
@@ -246,58 +246,73 @@ fn collect<S: Simd, const R: usize>(
     at: usize,
 ) {
     let (d, stride) = (work.shape.head_dim, work.shape.stride());
-    assert!(coefficients.len() >= (R - 1) * row + last);
+    assert!(coefficients.len() >= (R - 1) * row + last && x[..R].iter().all(|x| x.len() == d));
     let mut i = 0;
     while i < d {
         let whole = S::MANY_REGISTERS && d - i >= 4 * LANES;
-        for (tile, start) in tiles.keys.iter().zip(&tiles.rows) {
-            for j in first.max(tile.start)..last.min(tile.start + tile.len) {
-                let from = (start + j - tile.start) * stride + at;
-                // SAFETY: this item owns the head's gradients of all rows of the group; one part is alive at a time.
-                let sum = unsafe { work.dqkv.part(from, d) };
-                if whole {
-                    // SAFETY: 64 columns from i on exist in the sum and in each x; the coefficients are checked.
-                    unsafe {
-                        collect_columns::<S, R>(coefficients.as_ptr().add(j), row, x, i, &mut sum[i..])
-                    };
-                } else {
-                    let mut v = S::load(&sum[i..]);
-                    for r in 0..R {
-                        v = S::fma(S::splat(coefficients[r * row + j]), S::load(&x[r][i..]), v);
-                    }
-                    S::store(v, &mut sum[i..]);
-                }
+        let width = if whole { 4 * LANES } else { LANES.min(d - i) };
+        // The factors stay in registers over all positions.
+        let mut factors = [[S::splat(0.0); 4]; R];
+        for r in 0..R {
+            for c in 0..width.div_ceil(LANES) {
+                factors[r][c] = S::load(&x[r][i + c * LANES..]);
             }
         }
-        i += if whole { 4 * LANES } else { LANES };
+        for (tile, start) in tiles.keys.iter().zip(&tiles.rows) {
+            let (from, to) = (first.max(tile.start), last.min(tile.start + tile.len));
+            if from >= to {
+                continue;
+            }
+            // SAFETY: this item owns the head's gradients of all rows of the group; one block is alive at a time.
+            let sums = unsafe {
+                work.dqkv.block((start + from - tile.start) * stride + at + i, stride, to - from, width)
+            };
+            if whole {
+                // SAFETY: the block is 64 columns wide; the coefficients are checked.
+                unsafe { collect_columns::<S, R>(coefficients.as_ptr().add(from), row, &factors, &sums) };
+                continue;
+            }
+            for j in from..to {
+                // SAFETY: a row of the block.
+                let sum = unsafe { std::slice::from_raw_parts_mut(sums.row_start(j - from), width) };
+                let mut v = S::load(sum);
+                for r in 0..R {
+                    v = S::fma(S::splat(coefficients[r * row + j]), factors[r][0], v);
+                }
+                S::store(v, sum);
+            }
+        }
+        i += width;
     }
 }
 
 /// # Safety
-/// `coefficient + r·row` is readable for r < R; `sum` and every x beyond `at` hold 64 elements.
+/// `coefficient + r·row + i` is readable for r < R and each row i of `sums`, which are 64 wide.
 #[inline(always)]
 unsafe fn collect_columns<S: Simd, const R: usize>(
     coefficient: *const f32,
     row: usize,
-    x: &[&[f32]; TOGETHER],
-    at: usize,
-    sum: &mut [f32],
+    factors: &[[S::V; 4]; R],
+    sums: &Block<f32>,
 ) {
-    // SAFETY: promised by the caller.
-    unsafe {
-        let sum = sum.as_mut_ptr();
-        let mut v = [S::splat(0.0); 4];
-        for c in 0..4 {
-            v[c] = S::read(sum.add(c * LANES));
-        }
-        for r in 0..R {
-            let w = S::splat(*coefficient.add(r * row));
+    let start = sums.row_start(0);
+    for i in 0..sums.rows {
+        // SAFETY: promised by the caller.
+        unsafe {
+            let sum = start.add(i * sums.stride);
+            let mut v = [S::splat(0.0); 4];
             for c in 0..4 {
-                v[c] = S::fma(w, S::read(x[r].as_ptr().add(at + c * LANES)), v[c]);
+                v[c] = S::read(sum.add(c * LANES));
             }
-        }
-        for c in 0..4 {
-            S::write(v[c], sum.add(c * LANES));
+            for r in 0..R {
+                let w = S::splat(*coefficient.add(r * row + i));
+                for c in 0..4 {
+                    v[c] = S::fma(w, factors[r][c], v[c]);
+                }
+            }
+            for c in 0..4 {
+                S::write(v[c], sum.add(c * LANES));
+            }
         }
     }
 }
