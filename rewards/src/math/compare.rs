@@ -1,6 +1,7 @@
 //! Equality of structured answers: lists, sets, tuples, intervals, matrices, relations.
 
 use super::expr::{Expr, Fun, Rel};
+use super::numeric::Point;
 use super::options::EqualOptions;
 use super::scalar::{Context, variables};
 use super::{normal::Algebra, text};
@@ -351,6 +352,10 @@ fn simplified(e: &Expr) -> Expr {
                 keep = at + 1;
             }
             if keep == 1 {
+                if !roughly(&sides[0], &sides[1]) {
+                    // "5 ≈ 6" is no answer.
+                    return Expr::Text(String::new());
+                }
                 return simplified(&sides[0]);
             }
             let mut sides = sides[..keep].to_vec();
@@ -382,6 +387,15 @@ fn simplified(e: &Expr) -> Expr {
         Expr::Set(items) => Expr::Set(expand(items)),
         other if has_pm(other) => Expr::List(both_signs(other)),
         other => other.clone(),
+    }
+}
+
+/// Whether two numbers are within a tenth of each other, or one is no plain number.
+fn roughly(a: &Expr, b: &Expr) -> bool {
+    let none = |_: &str| f64::NAN;
+    match (Point::new(&none).value(a), Point::new(&none).value(b)) {
+        (Some(x), Some(y)) => x.minus(y).size() <= 0.1 * x.size().max(y.size()),
+        _ => true,
     }
 }
 
@@ -428,7 +442,9 @@ fn is_label(e: &Expr) -> bool {
     match e {
         Expr::Sym(_) | Expr::Named(..) | Expr::Apply(..) | Expr::Text(_) => true,
         Expr::Mul(parts) => parts.iter().all(capital),
-        Expr::Call(Fun::Abs, args) => args.iter().all(is_label),
+        Expr::Call(Fun::Abs, args) => {
+            args.iter().all(|a| capital(a) || matches!(a, Expr::Mul(parts) if parts.iter().all(capital)))
+        }
         Expr::Bracket('(', parts, ')') => parts.iter().all(|p| matches!(p, Expr::Sym(_))),
         Expr::Ratio(parts) => parts.iter().all(is_label),
         Expr::Unit(value, _) => is_label(value),

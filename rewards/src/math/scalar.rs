@@ -47,10 +47,22 @@ impl Context {
                 self.scalars(a, b)
             }
             (Expr::Percent(a), Expr::Percent(b)) => self.values(a, b),
-            (Expr::Percent(a), b) if self.percent_either_way => self.values(a, b) || self.hundredth(a, b),
-            (a, Expr::Percent(b)) if self.percent_either_way => self.values(a, b) || self.hundredth(b, a),
+            (Expr::Percent(a), b) if self.percent_either_way => {
+                self.dropped_sign(a, b) || self.hundredth(a, b)
+            }
+            (a, Expr::Percent(b)) if self.percent_either_way => {
+                self.dropped_sign(b, a) || self.hundredth(b, a)
+            }
             (a, b) => self.values(a, b),
         }
+    }
+
+    /// The number before a percent sign against a number without one: the sign may have been left
+    /// out, but not below 1, where the number reads as a share.
+    fn dropped_sign(&mut self, percent: &Expr, plain: &Expr) -> bool {
+        let none = |_: &str| f64::NAN;
+        let small = Point::new(&none).value(plain).is_some_and(|x| x.size() > 0.0 && x.size() < 1.0);
+        !small && self.values(percent, plain)
     }
 
     fn hundredth(&mut self, percent: &Expr, plain: &Expr) -> bool {

@@ -16,7 +16,7 @@ pub(crate) fn squeeze(text: &str) -> String {
             gap = true;
             continue;
         }
-        if gap && c.is_alphanumeric() && squeezed.ends_with(char::is_alphanumeric) {
+        if gap && c.is_alphanumeric() && squeezed.ends_with(|p: char| p.is_alphanumeric() || p == ',') {
             squeezed.push(' ');
         }
         gap = false;
@@ -86,5 +86,7 @@ pub(crate) fn leading_choice(text: &str) -> Option<char> {
             || rest.contains(&format!(" {l}."))
             || rest.contains(&format!(" or {l}"))
     });
-    (marked && !rest.trim().is_empty() && !other).then_some(letter)
+    let bare = rest.trim().trim_matches(['(', ')', '.', ':']);
+    let second = bare.len() == 1 && bare.starts_with(|c: char| ('A'..='J').contains(&c));
+    (marked && !rest.trim().is_empty() && !other && !second).then_some(letter)
 }
