@@ -207,4 +207,50 @@ mod tests {
         assert_eq!(find_stop("</a>yyyy", 4, &stops), None);
         assert_eq!(find_stop("é</a>", 2, &stops), Some(2));
     }
+
+    /// Pushes ids until the sample ends; how many it took, and the completion.
+    fn run(tokenizer: &Tokenizer, ids: &[TokenId], sampling: &SamplingConfig) -> (usize, Completion) {
+        let mut sample = Sequence::new(tokenizer, Stream::new(0, Purpose::Sample, &[]));
+        let ended = ids.iter().position(|&token| sample.push(Drawn { token, logprob: -1.0 }, sampling));
+        (ended.expect("the sample ends") + 1, sample.into_completion())
+    }
+
+    #[test]
+    fn a_stop_string_ends_a_sample_across_token_borders() {
+        let tokenizer = Tokenizer::from_characters("abcé", &["<x>"], &["<eos>"], "<eos>").unwrap();
+        let ids = tokenizer.encode("aabcé<x>b").unwrap();
+        let sampling =
+            |stop: &str| SamplingConfig { stop: vec![stop.to_string()], ..SamplingConfig::default() };
+        let (taken, found) = run(&tokenizer, &ids, &sampling("abc"));
+        assert_eq!((taken, found.text.as_str(), found.finish), (4, "a", FinishReason::Stop));
+        assert_eq!((found.tokens.len(), found.logprobs.len(), found.token_ends), (4, 4, vec![1, 1, 1, 1]));
+        // from inside a character of two tokens, and into an added token
+        let (taken, found) = run(&tokenizer, &ids, &sampling("é<"));
+        assert_eq!((taken, found.text.as_str()), (7, "aabc"));
+    }
+
+    #[test]
+    fn a_stop_token_adds_no_text_and_the_length_ends_what_does_not_stop() {
+        let tokenizer = Tokenizer::from_characters("ab", &[], &["<eos>"], "<eos>").unwrap();
+        let eos = tokenizer.eos()[0];
+        let stopping =
+            SamplingConfig { stop_tokens: vec![eos], max_new_tokens: 4, ..SamplingConfig::default() };
+        let (taken, found) = run(&tokenizer, &[0, eos, 1, 1], &stopping);
+        assert_eq!((taken, found.text.as_str(), found.finish), (2, "a", FinishReason::Stop));
+        assert_eq!((found.tokens, found.token_ends), (vec![0, eos], vec![1, 1]));
+        let (taken, found) = run(&tokenizer, &[0, 1, 1, 0, 1], &stopping);
+        assert_eq!((taken, found.text.as_str(), found.finish), (4, "abba", FinishReason::Length));
+    }
+
+    #[test]
+    fn a_stop_string_of_byte_tokens_ends_a_sample_without_waiting_for_what_follows() {
+        let json = r#"{"version": "1.0", "added_tokens": [],
+            "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
+            "model": {"type": "BPE", "byte_fallback": true, "vocab": {"a": 0, "<0x0A>": 1, "b": 2}, "merges": []}}"#;
+        let inner = tokenizers::Tokenizer::from_bytes(json).unwrap();
+        let tokenizer = Tokenizer::new(inner, Default::default(), &[]).unwrap();
+        let sampling = SamplingConfig { stop: vec!["\n\n".into()], ..SamplingConfig::default() };
+        let (taken, found) = run(&tokenizer, &[0, 1, 2, 1, 1, 2, 2], &sampling);
+        assert_eq!((taken, found.text.as_str(), found.finish), (5, "a\nb", FinishReason::Stop));
+    }
 }
