@@ -75,7 +75,7 @@ fn parity_optimizer_adamw() {
             schedule(c["schedule"].as_str().unwrap(), &c["schedule_kwargs"], peak, steps as u64, warmup);
         let rates = numbers(&c["lr_used_at_step"]);
         let norms = numbers(&c["grad_norm_before_clip"]);
-        let mut state: Vec<(&str, Vec<f32>, Vec<f32>, Vec<f32>)> = ["w", "b"]
+        let mut state: Vec<_> = ["w", "b"]
             .into_iter()
             .map(|p| {
                 let init = get(p, "init").data.clone();

@@ -122,7 +122,7 @@ fn page(name: &str, metrics: &[Line], samples: &[Line], recipe: &str, summary: &
         }
         html += "</table>";
     }
-    let _ = write!(html, "<h2>Recipe</h2><pre>{}</pre><script>{SCRIPT}</script></html>\n", escape(recipe));
+    let _ = writeln!(html, "<h2>Recipe</h2><pre>{}</pre><script>{SCRIPT}</script></html>", escape(recipe));
     html
 }
 

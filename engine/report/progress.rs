@@ -47,7 +47,7 @@ impl Progress {
     pub fn sft_step(&mut self, step: u64, loss: f64, tokens_per_s: f64) {
         let text = format!("loss {loss:.4}  {tokens_per_s:.0} tok/s");
         // without a terminal, every tenth step is enough to follow a warm-up
-        if self.bar.is_some() || step % 10 == 0 || step == self.total {
+        if self.bar.is_some() || step.is_multiple_of(10) || step == self.total {
             self.line(step, &text);
         }
     }
