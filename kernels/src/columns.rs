@@ -6,7 +6,7 @@ use crate::shared::Shared;
 /// Rows of one work item.
 const ROWS: usize = 16;
 
-/// y[m, n] += bias[n].
+/// `y[m, n]` += `bias[n]`.
 pub fn add_bias(pool: &Pool, y: &mut [f32], m: usize, bias: &[f32]) {
     let n = bias.len();
     assert_eq!(y.len(), m * n, "y is [m, n]");
@@ -20,7 +20,7 @@ pub fn add_bias(pool: &Pool, y: &mut [f32], m: usize, bias: &[f32]) {
     });
 }
 
-/// db[n] += the rows of dy[m, n], one after another in row order.
+/// `db[n]` += the rows of `dy[m, n]`, one after another in row order.
 pub fn bias_backward(pool: &Pool, dy: &[f32], m: usize, db: &mut [f32]) {
     let n = db.len();
     assert_eq!(dy.len(), m * n, "dy is [m, n]");

@@ -10,7 +10,7 @@ use crate::simd::{LANES, Simd, simd_fn};
 /// Rows of one work item.
 const ROWS: usize = 8;
 
-/// y[m, n] = norm of each row of x[m, n]; w is [n].
+/// `y[m, n]` = norm of each row of `x[m, n]`; w is `[n]`.
 pub fn rms_norm(pool: &Pool, x: &[f32], w: &[f32], eps: f32, offset: f32, y: &mut [f32]) {
     let m = rows(x.len(), w.len());
     assert_eq!(y.len(), x.len(), "y is [m, n]");

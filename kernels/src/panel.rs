@@ -40,7 +40,7 @@ pub fn unpack_panels(panels: &[f32], n: usize, k: usize, rows: &mut [f32]) {
     }
 }
 
-/// out[r] = row `ids[r]` of the matrix; out is [ids, k]. The embedding lookup.
+/// `out[r]` = row `ids[r]` of the matrix; out is `[ids, k]`. The embedding lookup.
 pub fn gather_rows(pool: &Pool, panels: &[f32], n: usize, k: usize, ids: &[u32], out: &mut [f32]) {
     assert_eq!(panels.len(), panels_len(n, k), "panels of [n, k]");
     assert_eq!(out.len(), ids.len() * k, "out is [ids, k]");

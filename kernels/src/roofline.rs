@@ -1,5 +1,6 @@
 //! What this machine can do at most: fused multiply-adds, bf16 products and bytes read, all threads together.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use crate::buffer::Buffer;
@@ -8,7 +9,7 @@ use crate::pool::Pool;
 use crate::shared::Shared;
 use crate::simd::{LANES, simd_fn};
 
-/// Peak rates, the best of many short windows.
+/// Peak rates, the best of many short windows: of a thread times the threads for arithmetic, of all together for reading.
 #[derive(Clone, Copy, Debug)]
 pub struct Roofline {
     /// Threads that were measured together.
@@ -34,13 +35,15 @@ const READ_PARTS: usize = 16;
 pub fn roofline(pool: &Pool) -> Roofline {
     let threads = pool.threads();
     let rate = |operations: f64, work: &(dyn Fn() + Sync)| {
-        let mut best = 0.0f64;
+        let best = AtomicU64::new(u64::MAX);
         for _ in 0..WINDOWS {
-            let start = Instant::now();
-            pool.run(threads, |_| work());
-            best = best.max(threads as f64 * operations / start.elapsed().as_secs_f64() / 1e9);
+            pool.run(threads, |_| {
+                let start = Instant::now();
+                work();
+                best.fetch_min(start.elapsed().as_nanos() as u64, Ordering::Relaxed);
+            });
         }
-        best
+        threads as f64 * operations / best.into_inner() as f64
     };
     let f32_gflops = rate(ROUNDS as f64 * (CHAINS * LANES * 2) as f64, &|| multiply_adds(ROUNDS));
     let bf16_gflops = match bf16_rule() {

@@ -11,9 +11,9 @@ use crate::shared::Shared;
 /// Weights of the per-head RMS normalisation of queries and keys (Qwen 3, Gemma 3).
 #[derive(Clone, Copy, Debug)]
 pub struct QkNorm<'a> {
-    /// [head_dim] for queries.
+    /// `[head_dim]` for queries.
     pub q: &'a [f32],
-    /// [head_dim] for keys.
+    /// `[head_dim]` for keys.
     pub k: &'a [f32],
     /// Added to the mean square.
     pub eps: f32,
