@@ -573,6 +573,28 @@ fn families_read_their_own_fields() {
 }
 
 #[test]
+fn mixtures_of_experts_are_refused_by_name() {
+    let folder = copy_of("qwen3");
+    let path = folder.path().join("config.json");
+    let mut config = read_json(&path);
+    for (key, value) in [
+        ("architectures", json!(["MixtralForCausalLM"])),
+        ("model_type", json!("mixtral")),
+        ("num_local_experts", json!(4)),
+        ("num_experts_per_tok", json!(2)),
+    ] {
+        config[key] = value;
+    }
+    for key in ["layer_types", "max_window_layers", "use_sliding_window"] {
+        config.as_object_mut().unwrap().remove(key);
+    }
+    std::fs::write(&path, config.to_string()).unwrap();
+    let source = ModelSource::open(folder.path()).unwrap();
+    let error = error_of(rft_engine::model::policy::Policy::load(&source, None, 0));
+    assert_says(&error, &["MixtralForCausalLM", "experts"]);
+}
+
+#[test]
 fn broken_folders_are_named() {
     let folder = copy_of("qwen3");
     let weights = folder.path().join("model.safetensors");

@@ -7,7 +7,7 @@
 use rft_kernels::{Act, AttnShape, Pool, Rope, Write, add_bias, bias_backward, linear, linear_dw, linear_dx};
 
 use crate::config::{LoraConfig, NewModelConfig, Precision};
-use crate::error::Result;
+use crate::error::{EngineError, Result};
 use crate::model::lora::{Adapter, LoraScratch};
 use crate::model::params::{Arena, Part, Shape, SlotId};
 use crate::model::source::ModelSource;
@@ -218,6 +218,13 @@ impl Policy {
     /// # Errors
     /// Missing or misshapen tensors by name; an adapter target that does not exist.
     pub fn load(source: &ModelSource, lora: Option<&LoraConfig>, seed: u64) -> Result<Self> {
+        if source.spec().moe.is_some() {
+            return Err(EngineError::Model(format!(
+                "{}: mixtures of experts are read but not computed yet; {} has them",
+                source.path().display(),
+                source.spec().architecture
+            )));
+        }
         let mut policy = Self::with_spec(source.spec().clone(), lora.is_none());
         for id in 0..policy.base.slots().len() {
             policy.base.load_slot(id, |name, shape| source.tensor(name, shape))?;
