@@ -93,8 +93,11 @@ pub fn chart(title: &str, series: &[Series]) -> String {
 /// Least and greatest value, widened where they are equal.
 fn range(values: impl Iterator<Item = f64>) -> (f64, f64) {
     let (low, high) = values.fold((f64::MAX, f64::MIN), |(l, h), v| (l.min(v), h.max(v)));
-    let room = if low == 0.0 { 1.0 } else { low.abs() / 2.0 };
-    if high > low { (low, high) } else { (low - room, low + room) }
+    match high > low {
+        true => (low, high),
+        false if low == 0.0 => (0.0, 1.0),
+        false => (low - low.abs() / 2.0, low + low.abs() / 2.0),
+    }
 }
 
 /// Three to six round numbers that cover `low..=high` from below.
