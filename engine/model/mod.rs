@@ -1,6 +1,7 @@
 //! One decoder family: what it is, its weights, forward and backward.
 
 pub mod backprop;
+mod config_fields;
 pub mod decoder;
 pub mod export;
 pub mod gguf;
