@@ -202,8 +202,22 @@ fn a_prompt_seen_before_is_found_under_the_same_weights_only() {
 }
 
 #[test]
+fn a_prompt_asked_for_twice_gets_other_samples_the_second_time() {
+    let sampling = SamplingConfig { max_new_tokens: 12, ..SamplingConfig::default() };
+    let mut model = FakeModel::new(1);
+    let mut engine = RolloutEngine::new(&model, 100);
+    let requests = [request(4, vec![9; 5], 2), request(5, vec![9; 5], 2), request(4, vec![9; 5], 3)];
+    let (groups, _) = generate(&mut engine, &mut model, 1, &requests, &sampling, key(1, 1));
+    // (group, sample in it) and its number among all samples of that prompt
+    for (g, s, index, number) in [(0, 0, 4, 0), (0, 1, 4, 1), (1, 0, 5, 0), (2, 0, 4, 2), (2, 2, 4, 4)] {
+        let stream = stream(&key(1, 1), index, number);
+        let (tokens, _) = model.naive_sample(&[9; 5], &stream, &sampling);
+        assert_eq!(groups[g].completions[s].tokens, tokens, "group {g}, sample {s}");
+    }
+}
+
+#[test]
 fn a_finished_sibling_frees_its_blocks() {
-    // Of two samples that run to 64 tokens and many that stop at once, only the two hold blocks for long.
     let sampling =
         SamplingConfig { max_new_tokens: 64, stop_tokens: (0..26).collect(), ..SamplingConfig::default() };
     let mut model = FakeModel::new(3);
