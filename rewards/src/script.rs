@@ -11,9 +11,25 @@ use crate::types::{ErrorKind, RewardError};
 
 /// The shipped verifiers: name and source.
 pub const SHIPPED: &[(&str, &str)] = &[
+    ("classification", include_str!("../lua/classification.lua")),
+    ("code_cases", include_str!("../lua/code_cases.lua")),
+    ("cosine_length", include_str!("../lua/cosine_length.lua")),
+    ("countdown", include_str!("../lua/countdown.lua")),
+    ("detection", include_str!("../lua/detection.lua")),
+    ("edit_distance", include_str!("../lua/edit_distance.lua")),
+    ("exact", include_str!("../lua/exact.lua")),
     ("format", include_str!("../lua/format.lua")),
+    ("grounding", include_str!("../lua/grounding.lua")),
     ("iou", include_str!("../lua/iou.lua")),
+    ("json_schema", include_str!("../lua/json_schema.lua")),
     ("math", include_str!("../lua/math.lua")),
+    ("multiple_choice", include_str!("../lua/multiple_choice.lua")),
+    ("numeric", include_str!("../lua/numeric.lua")),
+    ("regex", include_str!("../lua/regex.lua")),
+    ("repetition", include_str!("../lua/repetition.lua")),
+    ("soft_overlong", include_str!("../lua/soft_overlong.lua")),
+    ("think_format", include_str!("../lua/think_format.lua")),
+    ("token_f1", include_str!("../lua/token_f1.lua")),
     ("tool_call", include_str!("../lua/tool_call.lua")),
 ];
 
