@@ -142,8 +142,10 @@ impl<'a> Precise<'a> {
                 values.push(value?);
             }
         }
-        let gap = values[0].times(&values[3])?.minus(&values[2].times(&values[1])?)?;
-        Some(gap.re.vanishes() && gap.im.vanishes())
+        let (left, right) = (values[0].times(&values[3])?, values[2].times(&values[1])?);
+        let gap = left.minus(&right)?;
+        let sharp = left.re.sharp() && left.im.sharp() && right.re.sharp() && right.im.sharp();
+        Some(sharp && gap.re.holds_zero() && gap.im.holds_zero())
     }
 
     fn visit(&mut self, expr: &Expr) -> Option<Z> {
