@@ -9,10 +9,11 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
-use crate::advantage::AdvantageConfig;
+use crate::advantage::{AdvantageConfig, Baseline, Combine};
 use crate::data::arithmetic::ArithmeticConfig;
 use crate::error::{EngineError, Result};
-use crate::loss::Objective;
+use crate::loss::kl::Placement;
+use crate::loss::{Objective, presets};
 
 /// The recipe that `launch` runs when none is named.
 pub const DEFAULT_RECIPE: &str = include_str!("../scripts/recipes/default.toml");
@@ -266,6 +267,9 @@ impl Default for RolloutConfig {
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct AlgorithmConfig {
+    /// A named algorithm ([`crate::loss::presets`]) whose settings hold where the recipe has none of its own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub preset: Option<String>,
     /// Reward to advantage.
     pub advantage: AdvantageConfig,
     /// Logprobs and advantages to loss.
@@ -423,21 +427,21 @@ impl Recipe {
     /// As [`Recipe::load`].
     pub fn parse(text: &str, origin: &str, overrides: &[String]) -> Result<Self> {
         let from_file: Self = toml::from_str(text).map_err(|e| located(&e, text, origin))?;
-        let recipe = if overrides.is_empty() {
+        let recipe = if overrides.is_empty() && from_file.algorithm.preset.is_none() {
             from_file
         } else {
             let mut table: Table = text.parse().map_err(|e| located(&e, text, origin))?;
             for item in overrides {
                 apply_override(&mut table, item)?;
             }
+            apply_preset(&mut table)?;
             let merged = toml::to_string(&table).map_err(|e| EngineError::Config(e.to_string()))?;
-            toml::from_str(&merged).map_err(|e| {
-                EngineError::Config(format!(
-                    "--set {}: {}",
-                    overrides.join(" --set "),
-                    with_nearest(e.message())
-                ))
-            })?
+            let source = match overrides {
+                [] => origin.to_string(),
+                items => format!("--set {}", items.join(" --set ")),
+            };
+            toml::from_str(&merged)
+                .map_err(|e| EngineError::Config(format!("{source}: {}", with_nearest(e.message()))))?
         };
         recipe.validate()?;
         Ok(recipe)
@@ -458,6 +462,39 @@ impl Recipe {
             stage.steps.get_or_insert(self.train.steps);
         }
         stages
+    }
+
+    /// What an objective asks for and a step cannot give.
+    fn validate_algorithm(&self) -> Result<()> {
+        let fail = |message: &str| Err(EngineError::Config(message.into()));
+        let (advantage, objective) = (&self.algorithm.advantage, &self.algorithm.objective);
+        if advantage.baseline == Baseline::Greedy {
+            return fail(
+                "algorithm.advantage.baseline = \"greedy\" needs a greedy completion of every prompt, which rollouts \
+                 do not draw yet. hint: \"leave_one_out\" is the nearest baseline",
+            );
+        }
+        if advantage.combine == Combine::NormalizeThenSum {
+            if self.reward.windows(2).any(|r| r[0].weight != r[1].weight) {
+                return fail(
+                    "algorithm.advantage.combine = \"normalize_then_sum\" gives every reward the same say. \
+                     hint: set the same weight for all rewards",
+                );
+            }
+            if objective.kl.placement == Placement::Reward && objective.kl.coefficient != 0.0 {
+                return fail(
+                    "algorithm.advantage.combine = \"normalize_then_sum\" has no single reward to take a KL penalty \
+                     from. hint: set algorithm.objective.kl.placement = \"loss\"",
+                );
+            }
+        }
+        if !(objective.top_entropy > 0.0 && objective.top_entropy <= 1.0) {
+            return Err(EngineError::Config(format!(
+                "algorithm.objective.top_entropy must be in (0, 1], got {}",
+                objective.top_entropy
+            )));
+        }
+        Ok(())
     }
 
     fn validate(&self) -> Result<()> {
@@ -482,6 +519,7 @@ impl Recipe {
         if grpo && self.reward.is_empty() {
             return fail("reward: a grpo stage needs at least one [[reward]]".into());
         }
+        self.validate_algorithm()?;
         let r = &self.rollout;
         for (key, value) in [
             ("rollout.prompts_per_step", r.prompts_per_step),
@@ -524,6 +562,39 @@ impl Recipe {
 }
 
 /// `a.b=value`, where value is TOML and a bare word is a string.
+/// Puts the settings of `algorithm.preset` under those that the recipe states itself.
+fn apply_preset(table: &mut Table) -> Result<()> {
+    let Some(Value::Table(own)) = table.get("algorithm") else { return Ok(()) };
+    let Some(name) = own.get("preset").and_then(Value::as_str) else { return Ok(()) };
+    let Some((objective, advantage)) = presets::preset(name) else {
+        return Err(EngineError::Config(format!(
+            "algorithm.preset: no algorithm is called `{name}`. hint: one of {}",
+            presets::NAMES.join(", ")
+        )));
+    };
+    let preset = AlgorithmConfig { objective, advantage, ..AlgorithmConfig::default() };
+    let mut merged = Table::try_from(preset).map_err(|e| EngineError::Config(e.to_string()))?;
+    lay_over(&mut merged, own);
+    table.insert("algorithm".into(), Value::Table(merged));
+    Ok(())
+}
+
+/// Copies `own` over `base`, table by table; a table of another `kind` replaces the one below.
+fn lay_over(base: &mut Table, own: &Table) {
+    for (key, value) in own {
+        match (base.get_mut(key), value) {
+            (Some(Value::Table(below)), Value::Table(above))
+                if above.get("kind").is_none_or(|k| below.get("kind") == Some(k)) =>
+            {
+                lay_over(below, above);
+            }
+            _ => {
+                base.insert(key.clone(), value.clone());
+            }
+        }
+    }
+}
+
 fn apply_override(table: &mut Table, item: &str) -> Result<()> {
     let bad = |why: &str| EngineError::Config(format!("--set {item}: {why}"));
     let (key, raw) =
@@ -620,6 +691,23 @@ mod tests {
         let recipe = Recipe::load(None, &["train.steps=6".into(), "devices.threads=1".into()]).unwrap();
         assert_eq!(recipe.train.steps, 6);
         assert_eq!(Recipe::parse(&recipe.to_toml(), "again", &[]).unwrap(), recipe);
+    }
+
+    #[test]
+    fn a_preset_lies_under_the_recipes_own_settings() {
+        let set = |items: &[&str]| {
+            let items: Vec<String> = items.iter().map(|i| i.to_string()).collect();
+            Recipe::load(None, &items)
+        };
+        let recipe = set(&["algorithm.preset=\"cispo\"", "algorithm.objective.clip_low=0.3"]).unwrap();
+        let (cispo, _) = crate::loss::presets::preset("cispo").unwrap();
+        assert_eq!(recipe.algorithm.objective.surrogate, cispo.surrogate);
+        assert_eq!(recipe.algorithm.objective.clip_low, 0.3);
+        assert_eq!(Recipe::parse(&recipe.to_toml(), "recipe.toml", &[]).unwrap(), recipe);
+        let error = set(&["algorithm.preset=\"gropo\""]).unwrap_err().to_string();
+        assert!(error.contains("gropo") && error.contains("dr_grpo"), "{error}");
+        assert!(set(&["algorithm.advantage.baseline=\"greedy\""]).is_err());
+        assert!(set(&["algorithm.objective.top_entropy=0.0"]).is_err());
     }
 
     #[test]

@@ -25,7 +25,7 @@ pub enum EntropyControl {
 }
 
 /// State of the control.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 pub struct EntropyState {
     /// Current coefficient.
     pub coefficient: f64,
