@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
+use rayon::prelude::*;
 use rft_kernels::{Pool, Warp};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
@@ -165,6 +166,10 @@ impl Run {
         let mut learner = Learner::new(&self.policy, self.plan.max_rows);
         let mut folder = if resume {
             self.restore(&checkpoints, &mut learner)?;
+            match self.position() {
+                0 => eprintln!("no checkpoint yet: starting from the first step"),
+                n => eprintln!("resuming after {n} steps"),
+            }
             RunFolder::resume(root, self.state.steps)?
         } else {
             RunFolder::create(root, &self.recipe.to_toml())?
@@ -544,7 +549,6 @@ impl Run {
         let (found, skipped) = checkpoint::latest::<State>(checkpoints)?;
         skipped.iter().for_each(|line| eprintln!("warning: {line}"));
         let Some((_, state, mut buffers)) = found else {
-            eprintln!("no checkpoint yet: starting from the first step");
             return Ok(());
         };
         if state.recipe != self.state.recipe {
@@ -568,16 +572,14 @@ impl Run {
             reference.refresh(&self.pool);
             self.reference = Some(reference);
         }
-        eprintln!("resuming after step {} of stage {}", state.step_in_stage, state.stage + 1);
         self.state = state;
         Ok(())
     }
 
     fn finish(mut self, engine: &mut RolloutEngine, folder: &RunFolder, clock: Instant) -> Result<Summary> {
-        let after = if self.tasks.heldout.is_empty() { None } else { Some(self.evaluate(engine)?) };
         let root = folder.root();
-        let dtype = "float32";
-        write_hf_folder(&root.join("final"), &self.files, self.policy.merged_tensors(), dtype)?;
+        write_hf_folder(&root.join("final"), &self.files, self.policy.merged_tensors(), "float32")?;
+        let after = if self.tasks.heldout.is_empty() { None } else { Some(self.evaluate(engine)?) };
         self.state.seconds += clock.elapsed().as_secs_f64();
         let components = |result: Option<&EvalResult>| -> Map<String, Value> {
             result.iter().flat_map(|r| &r.components).map(|(n, v)| (n.clone(), json!(v))).collect()
@@ -752,8 +754,10 @@ fn load_tasks(recipe: &Recipe, source: Option<&ModelSource>, tokenizer: &Tokeniz
     let mut dropped = 0;
     let mut render = |rows: &[Row]| -> Result<Vec<Arc<Prompt>>> {
         let mut prompts = Vec::with_capacity(rows.len());
-        for (i, row) in rows.iter().enumerate() {
-            let prompt = renderer.prompt(i, row)?;
+        let rendered: Vec<Result<Prompt>> =
+            rows.par_iter().enumerate().map(|(i, row)| renderer.prompt(i, row)).collect();
+        for prompt in rendered {
+            let prompt = prompt?;
             match prompt.tokens.len() <= data.max_prompt_tokens {
                 true => prompts.push(Arc::new(prompt)),
                 false => dropped += 1,
