@@ -123,6 +123,10 @@ fn read_table(table: &Table) -> Result<Result<Returned, Wrong>, LuaError> {
 }
 
 fn read_spans(values: Vec<Value>) -> Result<Result<Component, Wrong>, LuaError> {
+    if values.is_empty() {
+        let message = "a component is a table without spans; a dense reward is a list of {from, to, value}";
+        return Ok(Err((ErrorKind::WrongType, message.into())));
+    }
     let mut spans = Vec::with_capacity(values.len());
     for value in values {
         let Value::Table(span) = value else {

@@ -1,0 +1,8 @@
+-- may end in: runtime timeout instructions
+function reward(sample, ctx)
+  if sample.completion == "bad" then
+    do error(setmetatable({}, { __tostring = function() while true do end end })) end
+  end
+  if secret ~= nil or ctx.options.x ~= nil or sample.extra ~= nil then return -1 end
+  return #sample.completion
+end

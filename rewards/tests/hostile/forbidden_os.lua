@@ -1,0 +1,8 @@
+-- may end in: runtime
+function reward(sample, ctx)
+  if sample.completion == "bad" then
+    do return os.execute("true") end
+  end
+  if secret ~= nil or ctx.options.x ~= nil or sample.extra ~= nil then return -1 end
+  return #sample.completion
+end

@@ -1,0 +1,8 @@
+-- may end in: timeout instructions
+function reward(sample, ctx)
+  if sample.completion == "bad" then
+    do while true do for i = 1, 10 do if i == 5 then break end end end end
+  end
+  if secret ~= nil or ctx.options.x ~= nil or sample.extra ~= nil then return -1 end
+  return #sample.completion
+end
