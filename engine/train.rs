@@ -3,6 +3,7 @@
 //! A run is a list of stages. All that a stage's next step depends on is in [`State`] and the trainable weights
 //! and moments; both are in every checkpoint, so a resumed run takes the very same steps.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,7 +14,7 @@ use rft_kernels::{Pool, Warp};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use crate::advantage::{Advantages, advantages};
+use crate::advantage::{Advantages, Combine, Rewards, grouped, groups_of, matrix_advantages};
 use crate::config::{Recipe, StageConfig, StageKind};
 use crate::data::arithmetic::{self, Split};
 use crate::data::prompts::{Order, Renderer, Row, read_jsonl};
@@ -24,6 +25,8 @@ use crate::learner::batch::{GroupTokens, Piece};
 use crate::learner::checkpoint::{self, Buffers};
 use crate::learner::schedule::learning_rate;
 use crate::learner::step::{Learner, ScoreGrads, UpdateStats};
+use crate::loss::correction::entropy_threshold;
+use crate::loss::entropy::EntropyState;
 use crate::loss::kl::Placement;
 use crate::loss::{BatchTotals, LossInputs, LossSums, policy_loss};
 use crate::memory::MemoryPlan;
@@ -56,6 +59,7 @@ struct State {
     version: u64,
     updates: u64,
     kl_coefficient: f64,
+    entropy: EntropyState,
     eval_before: Option<EvalResult>,
     seconds: f64,
     rollout_tokens: u64,
@@ -132,6 +136,7 @@ impl Run {
         let state = State {
             recipe: blake3::hash(recipe.to_toml().as_bytes()).to_hex().to_string(),
             kl_coefficient: recipe.algorithm.objective.kl.coefficient,
+            entropy: EntropyState::new(recipe.algorithm.objective.entropy_coefficient),
             ..State::default()
         };
         Ok(Self { recipe, pool, tokenizer, files, policy, reference: None, tasks, scorer, plan, state })
@@ -320,7 +325,12 @@ impl Run {
         let (groups, rollout, reward_s) = self.roll_out(engine, &sampling, step, total)?;
 
         let start = Instant::now();
-        let batch = StepBatch::new(&groups, &sampling, self.recipe.algorithm.mask_truncated);
+        let mut batch = StepBatch::new(&groups, &sampling, self.recipe.algorithm.mask_truncated);
+        if self.recipe.algorithm.objective.top_entropy < 1.0 {
+            let entropies =
+                learner.score(&self.pool, &self.policy.weights(), &batch.groups, &sampling.warp()).entropies;
+            batch.keep_uncertain(&entropies, self.recipe.algorithm.objective.top_entropy);
+        }
         let reference = self.reference_logprobs(learner, &batch, &sampling.warp());
         let advantages = self.advantages(&groups, &batch, reference.as_deref());
         let mut first = LossSums::default();
@@ -334,13 +344,14 @@ impl Run {
             let mut sums = LossSums::default();
             let objective = &self.recipe.algorithm.objective;
             let kl_coefficient = self.state.kl_coefficient;
+            let entropy_coefficient = objective.entropy_control.coefficient(&self.state.entropy);
             let loss = |pieces: &[Piece], scores: &Scores| {
                 let out = batch.loss(
                     pieces,
                     scores,
                     &advantages.values,
                     reference.as_deref(),
-                    kl_coefficient,
+                    (kl_coefficient, entropy_coefficient),
                     objective,
                 );
                 sums.add(&out.sums);
@@ -362,6 +373,8 @@ impl Run {
         let kl_coefficient = self.state.kl_coefficient;
         self.state.kl_coefficient =
             self.recipe.algorithm.objective.kl.next_coefficient(kl_coefficient, kl, first.tokens);
+        self.state.entropy =
+            self.recipe.algorithm.objective.entropy_control.next(&self.state.entropy, first.entropy / tokens);
         self.state.steps = step;
         self.state.version = self.policy.version.0;
         self.state.updates = learner.adam.updates;
@@ -471,8 +484,23 @@ impl Run {
     fn advantages(&self, groups: &[ScoredGroup], batch: &StepBatch, reference: Option<&[f32]>) -> Advantages {
         let raw: Vec<Option<f64>> = groups.iter().flat_map(|g| &g.outcomes).map(|o| o.reward).collect();
         let (config, kl) = (&self.recipe.algorithm.advantage, &self.recipe.algorithm.objective.kl);
-        let group_size = self.recipe.rollout.group_size;
-        let plain = advantages(&raw, group_size, config);
+        let ranges = groups_of(raw.len(), self.recipe.rollout.group_size);
+        if config.combine == Combine::NormalizeThenSum {
+            // a valid recipe has one weight for all rewards here
+            let rows = component_rows(groups);
+            let weight = self.recipe.reward.first().map_or(1.0, |r| r.weight);
+            return matrix_advantages(
+                &rows,
+                &vec![weight; rows.first().map_or(0, Vec::len)],
+                &ranges,
+                config,
+            );
+        }
+        let lengths: Vec<usize> = batch.offsets.windows(2).map(|row| row[1] - row[0]).collect();
+        let of = |values: &[Option<f64>]| {
+            grouped(&Rewards { values, lengths: &lengths, greedy: &[] }, &ranges, config)
+        };
+        let plain = of(&raw);
         let (Some(reference), Placement::Reward) = (reference, kl.placement) else { return plain };
         let penalised: Vec<Option<f64>> = raw
             .iter()
@@ -486,7 +514,7 @@ impl Run {
                 reward.map(|r| r - penalty)
             })
             .collect();
-        Advantages { values: advantages(&penalised, group_size, config).values, ..plain }
+        Advantages { values: of(&penalised).values, ..plain }
     }
 
     fn evaluate(&self, engine: &mut RolloutEngine) -> Result<(EvalResult, Vec<ScoredGroup>)> {
@@ -653,6 +681,7 @@ struct StepBatch<'a> {
     old: Vec<f32>,
     mask: Vec<bool>,
     totals: BatchTotals,
+    entropy_threshold: Option<f32>,
 }
 
 impl<'a> StepBatch<'a> {
@@ -683,7 +712,14 @@ impl<'a> StepBatch<'a> {
             completions: offsets.len() - 1,
             max_new_tokens: sampling.max_new_tokens,
         };
-        Self { groups, offsets, first_completion, old, mask, totals }
+        Self { groups, offsets, first_completion, old, mask, totals, entropy_threshold: None }
+    }
+
+    /// Leaves the policy term to the `share` of tokens with the greatest entropy at the start of the step.
+    fn keep_uncertain(&mut self, entropies: &[f32], share: f64) {
+        self.entropy_threshold = entropy_threshold(entropies, &self.mask, share);
+        let kept = |(e, m): &(&f32, &bool)| **m && self.entropy_threshold.is_none_or(|h| **e >= h);
+        self.totals.entropy_tokens = entropies.iter().zip(&self.mask).filter(kept).count();
     }
 
     fn loss(
@@ -692,7 +728,7 @@ impl<'a> StepBatch<'a> {
         scores: &Scores,
         advantages: &[f32],
         reference: Option<&[f32]>,
-        kl_coefficient: f64,
+        (kl_coefficient, entropy_coefficient): (f64, f64),
         objective: &crate::loss::Objective,
     ) -> crate::loss::LossOutputs {
         let rows = pieces.iter().flat_map(|p| {
@@ -717,12 +753,23 @@ impl<'a> StepBatch<'a> {
                 mask: &self.mask[from..to],
                 totals: self.totals,
                 kl_coefficient,
-                entropy_coefficient: objective.entropy_coefficient,
+                entropy_coefficient,
+                entropy_threshold: self.entropy_threshold,
                 ..LossInputs::default()
             },
             objective,
         )
     }
+}
+
+/// Components of every completion in one order of names; what a completion lacks counts as abstained.
+fn component_rows(groups: &[ScoredGroup]) -> Vec<Vec<Option<f64>>> {
+    let outcomes = || groups.iter().flat_map(|g| &g.outcomes);
+    let names: BTreeSet<&str> = outcomes().flat_map(|o| &o.components).map(|(n, _)| n.as_str()).collect();
+    let value = |components: &[(String, Option<f64>)], name: &str| {
+        components.iter().find(|(n, _)| n == name).and_then(|(_, v)| *v)
+    };
+    outcomes().map(|o| names.iter().map(|n| value(&o.components, n)).collect()).collect()
 }
 
 fn longest(lengths: impl Iterator<Item = usize>) -> usize {
