@@ -37,12 +37,12 @@ pub(crate) fn install(lua: &Lua) -> Result<(), LuaError> {
     })?;
     table.set("sort", guarded)?;
     let move_: Function = table.get("move")?;
-    let guarded = lua.create_function(move |_, args: MultiValue| {
-        let at = |i: usize| args.get(i).and_then(Value::as_f64).unwrap_or(0.0);
-        if at(2) - at(1) > MAX_MOVED {
+    let guarded = lua.create_function(move |_, args: (Value, f64, f64, MultiValue)| {
+        let (list, first, last, rest) = args;
+        if last - first > MAX_MOVED {
             return Err(LuaError::runtime("table.move: more than 4 million elements"));
         }
-        move_.call::<MultiValue>(args)
+        move_.call::<MultiValue>((list, first, last, rest))
     })?;
     table.set("move", guarded)
 }
