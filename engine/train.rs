@@ -1,6 +1,6 @@
 //! The training loop: the one place that sees data, rollout, reward, advantage, loss and learner together.
 //!
-//! A run is a list of stages. All that a stage's next step depends on is in [`State`] and the trainable weights
+//! A run is a list of stages. All that a stage's next step depends on is in `State` and the trainable weights
 //! and moments; both are in every checkpoint, so a resumed run takes the very same steps.
 
 use std::collections::BTreeSet;

@@ -65,7 +65,7 @@ pub fn write(root: &Path, name: &str, state: &impl Serialize, buffers: &[(&str, 
 /// Writes the checkpoint of `step` and deletes all but the newest `keep`.
 ///
 /// # Errors
-/// As [`write`].
+/// As [`write()`].
 pub fn save(
     root: &Path,
     step: u64,

@@ -1,7 +1,7 @@
 //! The training forward and backward: packed, prefix-shared sequences in, logprobs out, gradients back.
 //!
 //! A [`PackedBatch`] holds the tokens of whole groups: a group's prompt once, its completions behind it, each
-//! seeing the prompt's keys and values. Per layer only what [`LayerActs`] lists is kept. The vocabulary
+//! seeing the prompt's keys and values. Per layer only what `LayerActs` lists is kept. The vocabulary
 //! projection runs in chunks of targets, forward and again in the backward, so no `[tokens, vocab]` tensor exists.
 //!
 //! Shapes: m rows, t targets, h hidden, v vocab.

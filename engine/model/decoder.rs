@@ -1,7 +1,7 @@
 //! The forward pass of a decoder layer, shared by rollout and learner, and the paged decoder of the rollouts.
 //!
-//! One function, [`layer_forward`], runs a layer for both; only the source of keys and values differs
-//! ([`Attend`]). Together with kernels whose sums do not depend on rows, pages or chunks, this makes the
+//! One function, `layer_forward`, runs a layer for both; only the source of keys and values differs
+//! (`Attend`). Together with kernels whose sums do not depend on rows, pages or chunks, this makes the
 //! sampler's and the learner's logprobs equal bit for bit.
 //!
 //! Shapes: m rows (tokens of any mix of sequences), hidden h, q = heads * head_dim, f = ffn.
