@@ -97,23 +97,21 @@ pub fn activation_bytes_per_row(w: &Weights) -> usize {
 impl Trainer {
     /// Logprobs and entropies of the batch's targets; activations are kept for [`Trainer::backward`].
     pub fn forward(&mut self, pool: &Pool, w: &Weights, batch: &PackedBatch, warp: &Warp) -> Scores {
-        self.acts.resize_with(w.spec.layers, LayerActs::default);
-        w.embed(pool, &batch.tokens, &mut self.h);
-        for layer in 0..w.spec.layers {
-            let attend = Attend::Segments(&batch.segments);
-            let acts = &mut self.acts[layer];
-            layer_forward(pool, w, layer, &batch.positions, attend, &mut self.h, acts, &mut self.scratch);
-        }
-        self.head_forward(pool, w, batch, warp)
+        self.run(pool, w, batch, warp, w.spec.layers)
     }
 
     /// As [`Trainer::forward`], keeping nothing: for reference logprobs.
     pub fn score(&mut self, pool: &Pool, w: &Weights, batch: &PackedBatch, warp: &Warp) -> Scores {
-        self.acts.resize_with(1, LayerActs::default);
+        self.run(pool, w, batch, warp, 1)
+    }
+
+    /// Runs all layers over `kept` sets of activations: one a layer, or one for all.
+    fn run(&mut self, pool: &Pool, w: &Weights, batch: &PackedBatch, warp: &Warp, kept: usize) -> Scores {
+        self.acts.resize_with(kept, LayerActs::default);
         w.embed(pool, &batch.tokens, &mut self.h);
         for layer in 0..w.spec.layers {
             let attend = Attend::Segments(&batch.segments);
-            let acts = &mut self.acts[0];
+            let acts = &mut self.acts[layer.min(kept - 1)];
             layer_forward(pool, w, layer, &batch.positions, attend, &mut self.h, acts, &mut self.scratch);
         }
         self.head_forward(pool, w, batch, warp)
