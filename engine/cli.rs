@@ -94,12 +94,9 @@ pub struct LaunchArgs {
     pub dry_run: bool,
 }
 
-/// How completions are drawn on the command line.
+/// The distribution that tokens are drawn from and logprobs are stated under.
 #[derive(Debug, Args)]
-pub struct SamplingArgs {
-    /// Longest completion, in tokens.
-    #[arg(long, default_value_t = 256)]
-    pub max_new_tokens: usize,
+pub struct DistributionArgs {
     /// Softmax temperature; 0 is greedy.
     #[arg(long, default_value_t = 1.0)]
     pub temperature: f32,
@@ -112,6 +109,17 @@ pub struct SamplingArgs {
     /// Keep tokens of at least this share of the most likely one's probability; 0 is off.
     #[arg(long, default_value_t = 0.0)]
     pub min_p: f32,
+}
+
+/// How completions are drawn on the command line.
+#[derive(Debug, Args)]
+pub struct SamplingArgs {
+    /// Longest completion, in tokens.
+    #[arg(long, default_value_t = 256)]
+    pub max_new_tokens: usize,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub distribution: DistributionArgs,
     /// End a completion at this string; may be repeated.
     #[arg(long)]
     pub stop: Vec<String>,
@@ -214,18 +222,9 @@ pub struct LogprobsArgs {
     /// JSONL rows {id, tokens, prompt_tokens}, or the output of generate.
     #[arg(long)]
     pub data: PathBuf,
-    /// Temperature of the stated distribution.
-    #[arg(long, default_value_t = 1.0)]
-    pub temperature: f32,
-    /// Top-k of the stated distribution; 0 is off.
-    #[arg(long, default_value_t = 0)]
-    pub top_k: usize,
-    /// Top-p of the stated distribution; 1 is off.
-    #[arg(long, default_value_t = 1.0)]
-    pub top_p: f32,
-    /// Min-p of the stated distribution; 0 is off.
-    #[arg(long, default_value_t = 0.0)]
-    pub min_p: f32,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub distribution: DistributionArgs,
 }
 
 /// Flags of `score`.
@@ -384,18 +383,20 @@ impl Loaded {
         rows.iter().enumerate().map(|(i, row)| renderer.prompt(i, row).map(Arc::new)).collect()
     }
 
-    fn sampling(&self, args: &SamplingArgs) -> SamplingConfig {
+    fn sampling(&self, args: &SamplingArgs) -> Result<SamplingConfig> {
         let mut stop_tokens = self.tokenizer.eos().to_vec();
         stop_tokens.extend(self.policy.spec.eos.iter().filter(|id| !self.tokenizer.eos().contains(id)));
-        SamplingConfig {
+        let sampling = SamplingConfig {
             max_new_tokens: args.max_new_tokens,
-            temperature: args.temperature,
-            top_k: args.top_k,
-            top_p: args.top_p,
-            min_p: args.min_p,
+            temperature: args.distribution.temperature,
+            top_k: args.distribution.top_k,
+            top_p: args.distribution.top_p,
+            min_p: args.distribution.min_p,
             stop: args.stop.clone(),
             stop_tokens,
-        }
+        };
+        sampling.check()?;
+        Ok(sampling)
     }
 
     /// An engine whose pool holds up to 64 sequences of the longest prompt at once.
@@ -411,29 +412,11 @@ fn longest(prompts: &[Arc<Prompt>]) -> usize {
     prompts.iter().map(|p| p.tokens.len()).max().unwrap_or(0)
 }
 
-fn check_sampling(args: &SamplingArgs) -> Result<()> {
-    let fail = |message: &str| Err(EngineError::Config(message.into()));
-    if !(args.temperature >= 0.0 && args.temperature.is_finite()) {
-        return fail("--temperature must be 0 or positive");
-    }
-    if !(args.top_p > 0.0 && args.top_p <= 1.0) {
-        return fail("--top-p must be in (0, 1]");
-    }
-    if !(0.0..1.0).contains(&args.min_p) {
-        return fail("--min-p must be in [0, 1)");
-    }
-    if args.max_new_tokens == 0 {
-        return fail("--max-new-tokens must be at least 1");
-    }
-    Ok(())
-}
-
 fn print_line(value: &Value) -> Result<()> {
     writeln!(std::io::stdout().lock(), "{value}").map_err(EngineError::io("standard output"))
 }
 
 fn eval(args: &EvalArgs) -> Result<()> {
-    check_sampling(&args.sampling)?;
     let mut rows = read_jsonl(&args.data)?;
     if args.limit > 0 {
         rows.truncate(args.limit);
@@ -442,7 +425,7 @@ fn eval(args: &EvalArgs) -> Result<()> {
     let mut loaded = Loaded::open(&args.model)?;
     let scorer = Scorer::new(&rewards, loaded.pool.threads())?;
     let prompts = loaded.prompts(&rows, args.prompt.as_deref(), &args.rendering)?;
-    let sampling = loaded.sampling(&args.sampling);
+    let sampling = loaded.sampling(&args.sampling)?;
     loaded.prepare(longest(&prompts) + sampling.max_new_tokens, args.model.precision)?;
     let mut engine = loaded.engine(&prompts, args.samples, sampling.max_new_tokens);
     let evaluation = Evaluation {
@@ -487,7 +470,6 @@ fn reward_config(script: &str) -> RewardConfig {
 }
 
 fn generate(args: &GenerateArgs) -> Result<()> {
-    check_sampling(&args.sampling)?;
     let (rows, template) = match (&args.data, &args.prompt) {
         (Some(path), template) => (read_jsonl(path)?, template.as_deref()),
         (None, Some(prompt)) => (vec![Map::from_iter([("prompt".to_string(), json!(prompt))])], None),
@@ -495,7 +477,7 @@ fn generate(args: &GenerateArgs) -> Result<()> {
     };
     let mut loaded = Loaded::open(&args.model)?;
     let prompts = loaded.prompts(&rows, template, &args.rendering)?;
-    let sampling = loaded.sampling(&args.sampling);
+    let sampling = loaded.sampling(&args.sampling)?;
     loaded.prepare(longest(&prompts) + sampling.max_new_tokens, args.model.precision)?;
     let mut engine = loaded.engine(&prompts, args.n, sampling.max_new_tokens);
     let requests: Vec<Request> =
@@ -610,10 +592,10 @@ fn score_row(row: &Row, loaded: &Loaded, args: &LogprobsArgs) -> std::result::Re
     let number =
         |key: &str, flag: f64| stated.and_then(|s| s.get(key)).and_then(Value::as_f64).unwrap_or(flag);
     let warp = rft_kernels::Warp {
-        temperature: number("temperature", f64::from(args.temperature)) as f32,
-        top_k: number("top_k", args.top_k as f64) as usize,
-        top_p: number("top_p", f64::from(args.top_p)) as f32,
-        min_p: number("min_p", f64::from(args.min_p)) as f32,
+        temperature: number("temperature", f64::from(args.distribution.temperature)) as f32,
+        top_k: number("top_k", args.distribution.top_k as f64) as usize,
+        top_p: number("top_p", f64::from(args.distribution.top_p)) as f32,
+        min_p: number("min_p", f64::from(args.distribution.min_p)) as f32,
     };
     if warp.temperature.is_nan() || warp.temperature <= 0.0 {
         return Err("the temperature must be positive".into());
