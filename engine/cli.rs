@@ -11,7 +11,8 @@ use clap::{Args, Parser, Subcommand};
 use rft_kernels::{BLOCK, Pool};
 use serde_json::{Map, Value, json};
 
-use crate::config::{Precision, Recipe, RewardConfig};
+use crate::bench::BenchCommand;
+use crate::config::{Precision, Recipe, RewardConfig, parse_precision};
 use crate::data::prompts::{Renderer, Row, read_jsonl};
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{EngineError, Result};
@@ -71,6 +72,12 @@ pub enum Command {
     #[command(after_help = "Example:
   rft-engine report --run runs/math")]
     Report(ReportArgs),
+    /// Throughput of rollouts, learner, whole steps and kernels, and the share of this machine's roofline.
+    #[command(after_help = "Examples:
+  rft-engine bench rollout --model models/smollm2 --parallel 8,32,64 --group 1,0
+  rft-engine bench learner --precision bf16 --group 1,8 --json
+  rft-engine bench step && rft-engine bench kernels --rows 1,8,64 --threads 1")]
+    Bench(BenchArgs),
     /// What this machine offers, and why anything is missing.
     Devices,
 }
@@ -140,14 +147,6 @@ pub struct ModelArgs {
     /// Compute threads; 0 takes every core.
     #[arg(long, default_value_t = 0)]
     pub threads: usize,
-}
-
-fn parse_precision(text: &str) -> std::result::Result<Precision, String> {
-    match text {
-        "f32" => Ok(Precision::F32),
-        "bf16" => Ok(Precision::Bf16),
-        _ => Err("expected f32 or bf16".into()),
-    }
 }
 
 /// How rows become prompts.
@@ -266,6 +265,17 @@ pub struct ReportArgs {
     pub run: PathBuf,
 }
 
+/// Flags of `bench`.
+#[derive(Debug, Args)]
+pub struct BenchArgs {
+    /// What to measure.
+    #[command(subcommand)]
+    pub command: BenchCommand,
+    /// One JSON object a line instead of text; the first describes the machine.
+    #[arg(long, global = true)]
+    pub json: bool,
+}
+
 /// Parses the process's arguments and runs the command.
 ///
 /// # Errors
@@ -279,6 +289,10 @@ pub fn run() -> Result<()> {
         Command::Score(args) => score(&args),
         Command::Export(args) => export(&args),
         Command::Report(args) => crate::report::html::write(&args.run),
+        Command::Bench(args) => crate::bench::run(&args.command, &mut |json, text| match args.json {
+            true => println!("{json}"),
+            false => println!("{text}"),
+        }),
         Command::Devices => devices(),
     }
 }

@@ -91,6 +91,18 @@ pub enum Precision {
     Bf16,
 }
 
+/// Reads a precision as it is written on the command line.
+///
+/// # Errors
+/// Any other text.
+pub fn parse_precision(text: &str) -> std::result::Result<Precision, String> {
+    match text {
+        "f32" => Ok(Precision::F32),
+        "bf16" => Ok(Precision::Bf16),
+        _ => Err("expected f32 or bf16".into()),
+    }
+}
+
 /// Shape of a model made from nothing, for tasks small enough to learn from nothing.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

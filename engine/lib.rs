@@ -10,6 +10,7 @@
 //! [`train`] is the one place that sees all six; [`cli`] turns a command line into calls of it.
 
 pub mod advantage;
+pub mod bench;
 pub mod cli;
 pub mod config;
 pub mod data;

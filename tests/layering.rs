@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// Modules of the engine with the modules and crates that each may name. `train`, `eval` and `cli` stand above all six
+/// Modules of the engine with the modules and crates that each may name. `train`, `eval`, `bench` and `cli` stand above all six
 /// steps of the path and are checked for what must not name them.
 const MAY_KNOW: [(&str, &[&str]); 13] = [
     ("types", &[]),
@@ -23,7 +23,7 @@ const MAY_KNOW: [(&str, &[&str]); 13] = [
 ];
 
 /// Above the path: only each other and `main` may name them.
-const ABOVE: [&str; 3] = ["train", "eval", "cli"];
+const ABOVE: [&str; 4] = ["train", "eval", "bench", "cli"];
 
 fn root() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))

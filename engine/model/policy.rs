@@ -267,6 +267,19 @@ impl Policy {
         policy
     }
 
+    /// Freezes the weights and adds new adapters, which train instead.
+    ///
+    /// # Errors
+    /// An adapter target that does not exist.
+    pub fn with_adapter(self, config: &LoraConfig, seed: u64) -> Result<Self> {
+        let mut frozen = Self::with_spec(self.spec.clone(), false);
+        for id in 0..self.base.slots().len() {
+            frozen.base.values_mut(id).copy_from_slice(self.base.values(id));
+        }
+        frozen.adapter = Some(Adapter::new(&frozen.spec, config, seed)?);
+        Ok(frozen)
+    }
+
     /// Prepares for sequences of up to `positions` tokens and for `precision`.
     pub fn prepare(&mut self, pool: &Pool, positions: usize, precision: Precision) {
         self.positions = positions;
