@@ -78,6 +78,17 @@ pub struct ModelConfig {
     /// Train low-rank adapters and leave the base frozen.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub lora: Option<LoraConfig>,
+    /// Only tensors whose Hugging Face names match one of these globs train; empty is all of them. In a glob `*` is any
+    /// text, `?` any character, `{a,b}` one of these, `{3..7}` a whole number from 3 to 7.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub train: Vec<String>,
+    /// Tensors that match one of these do not train, whatever `train` says.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub freeze: Vec<String>,
+    /// Half fine-tuning (Hui et al. 2024, arXiv 2404.18466): half of each layer's matrices and norms are frozen,
+    /// drawn anew for each stage.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub half: bool,
 }
 
 /// Arithmetic of the linear layers; everything between them is f32.
@@ -562,6 +573,10 @@ impl Recipe {
         }
         if !(self.optimizer.lr > 0.0 && self.optimizer.lr.is_finite()) {
             return fail(format!("optimizer.lr must be positive, got {}", self.optimizer.lr));
+        }
+        if self.model.half && self.model.lora.is_some() {
+            return fail("model: `half` freezes halves of the model's own layers, and with `[model.lora]` those are frozen \
+                         already. hint: drop one of the two".into());
         }
         if self.train.inner_epochs == 0 {
             return fail("train.inner_epochs must be at least 1".into());

@@ -63,7 +63,7 @@ impl MemoryPlan {
         let stored = |numbers: usize| numbers * if bf16 { 6 } else { 4 };
         let base = policy.base.count();
         let adapter = policy.adapter.as_ref().map_or(0, |a| a.arena.count());
-        let trainable = policy.trainable_count();
+        let trainable = policy.trainable().trainable_len();
         let samples = rollout.prompts_per_step * rollout.group_size;
 
         let block_bytes = 2 * 4 * BLOCK * spec.kv_heads * spec.head_dim * spec.layers;

@@ -25,6 +25,8 @@ pub enum Purpose {
     Task = 4,
     /// Dropout masks, keyed (step, module).
     Dropout = 5,
+    /// Which half of a layer rests, keyed (stage, layer, family).
+    Freeze = 6,
 }
 
 fn mix(mut z: u64) -> u64 {

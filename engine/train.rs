@@ -3,6 +3,7 @@
 //! A run is a list of stages. All that a stage's next step depends on is in `State` and the trainable weights
 //! and moments; both are in every checkpoint, so a resumed run takes the very same steps.
 
+use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -132,7 +133,14 @@ impl Run {
         };
         policy.prepare(&pool, positions, recipe.model.precision);
         let needs_copy = recipe.algorithm.objective.needs_reference() && policy.adapter.is_none();
+        let mut largest = (0, 0);
+        for stage in 0..recipe.stages().len() {
+            policy.choose_trained(&recipe.model, recipe.seed, stage)?;
+            largest = largest.max((policy.trainable().trainable_len(), stage));
+        }
+        policy.choose_trained(&recipe.model, recipe.seed, largest.1)?;
         let plan = MemoryPlan::new(&recipe, &policy, needs_copy, prompt_tokens)?;
+        policy.choose_trained(&recipe.model, recipe.seed, 0)?;
         let state = State {
             recipe: blake3::hash(recipe.to_toml().as_bytes()).to_hex().to_string(),
             kl_coefficient: recipe.algorithm.objective.kl.coefficient,
@@ -184,7 +192,8 @@ impl Run {
         let mut clock = Instant::now();
         while let Some(stage) = stages.get(self.state.stage) {
             if self.state.step_in_stage == 0 {
-                learner.reset_optimizer();
+                self.policy.choose_trained(&self.recipe.model, self.recipe.seed, self.state.stage)?;
+                learner.begin_stage(&self.policy);
                 if stage.kind == StageKind::Grpo {
                     self.begin_grpo(&checkpoints, &mut engine)?;
                 }
@@ -253,12 +262,7 @@ impl Run {
     fn begin_grpo(&mut self, checkpoints: &Path, engine: &mut RolloutEngine) -> Result<()> {
         if self.recipe.algorithm.objective.needs_reference() && self.policy.adapter.is_none() {
             self.reference = Some(self.policy.base.clone());
-            checkpoint::write(
-                checkpoints,
-                "reference",
-                &(),
-                &[("weights", &self.policy.base.trainable_values())],
-            )?;
+            checkpoint::write(checkpoints, "reference", &(), &[("weights", &self.kept(&self.policy.base))])?;
         }
         if self.state.eval_before.is_none() && !self.tasks.heldout.is_empty() {
             let (before, _) = self.evaluate(engine)?;
@@ -554,7 +558,7 @@ impl Run {
     fn save(&mut self, checkpoints: &Path, learner: &Learner) -> Result<()> {
         self.state.version = self.policy.version.0;
         self.state.updates = learner.adam.updates;
-        let weights = self.policy.trainable().trainable_values();
+        let weights = self.kept(self.policy.trainable());
         let buffers = [("weights", &weights[..]), ("adam_m", &learner.adam.m), ("adam_v", &learner.adam.v)];
         checkpoint::save(
             checkpoints,
@@ -564,6 +568,11 @@ impl Run {
             self.recipe.train.keep_checkpoints,
         )?;
         Ok(())
+    }
+
+    /// What a checkpoint keeps of the weights: those that train, or all of them where stages train different ones.
+    fn kept<'a>(&self, arena: &'a Arena) -> Cow<'a, [f32]> {
+        if self.recipe.model.half { Cow::Borrowed(arena.stored_values()) } else { arena.trainable_values() }
     }
 
     /// Steps of all stages so far: the checkpoint's number.
@@ -584,9 +593,14 @@ impl Run {
                 "the checkpoint belongs to another recipe. hint: resume with the run folder's own recipe.toml, unchanged".into(),
             ));
         }
+        // between stages the moments are those of the stage before
+        let stage = if state.step_in_stage == 0 { state.stage.saturating_sub(1) } else { state.stage };
+        self.policy.choose_trained(&self.recipe.model, self.recipe.seed, stage)?;
+        learner.begin_stage(&self.policy);
         let mut take = |name: &str, len: usize| take_buffer(&mut buffers, checkpoints, name, len);
         let len = self.policy.trainable().trainable_len();
-        self.policy.trainable_mut().set_trainable_values(&take("weights", len)?);
+        let kept = self.kept(self.policy.trainable()).len();
+        put_back(&self.recipe, self.policy.trainable_mut(), &take("weights", kept)?);
         self.policy.trainable_mut().refresh(&self.pool);
         (learner.adam.m, learner.adam.v) = (take("adam_m", len)?, take("adam_v", len)?);
         learner.adam.updates = state.updates;
@@ -596,7 +610,7 @@ impl Run {
         if in_grpo && state.step_in_stage > 0 && needs_copy {
             let (_, mut buffers) = checkpoint::read::<()>(checkpoints, "reference")?;
             let mut reference = self.policy.base.clone();
-            reference.set_trainable_values(&take_buffer(&mut buffers, checkpoints, "weights", len)?);
+            put_back(&self.recipe, &mut reference, &take_buffer(&mut buffers, checkpoints, "weights", kept)?);
             reference.refresh(&self.pool);
             self.reference = Some(reference);
         }
@@ -659,6 +673,15 @@ fn write_adapter(out: &Path, adapter: &Adapter, base: &str) -> Result<()> {
     let arena = &adapter.arena;
     let tensors = (0..arena.slots().len()).flat_map(|id| arena.tensors_of(id, arena.values(id)));
     write_safetensors(&out.join("adapter_model.safetensors"), tensors, "float32")
+}
+
+/// The inverse of `Run::kept`.
+fn put_back(recipe: &Recipe, arena: &mut Arena, weights: &[f32]) {
+    if recipe.model.half {
+        arena.stored_values_mut().copy_from_slice(weights);
+    } else {
+        arena.set_trainable_values(weights);
+    }
 }
 
 fn take_buffer(buffers: &mut Buffers, root: &Path, name: &str, len: usize) -> Result<Vec<f32>> {

@@ -37,6 +37,7 @@ impl AdamW {
         let clip =
             if config.max_grad_norm > 0.0 { (config.max_grad_norm / (norm + 1e-6)).min(1.0) } else { 1.0 };
         self.updates += 1;
+        let frozen = arena.frozen_beside_trained();
         for (weights, range, decays) in arena.trainable_mut() {
             let step = AdamwStep {
                 lr: lr as f32,
@@ -50,6 +51,7 @@ impl AdamW {
             let (m, v) = (&mut self.m[range.clone()], &mut self.v[range.clone()]);
             adamw(pool, weights, &grads[range], m, v, &step);
         }
+        arena.put_back(&frozen);
         arena.refresh(pool);
         norm
     }

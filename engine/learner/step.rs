@@ -52,9 +52,16 @@ impl Learner {
         }
     }
 
-    /// Forgets the optimizer's moments, for a new stage.
-    pub fn reset_optimizer(&mut self) {
-        self.adam = AdamW::new(self.adam.m.len());
+    /// Forgets the optimizer's moments and takes over what trains now, for a new stage.
+    pub fn begin_stage(&mut self, policy: &Policy) {
+        let len = policy.trainable().trainable_len();
+        if self.adam.m.len() != len {
+            // the old buffers go before the new ones come
+            self.grads = Grads::default();
+            self.adam = AdamW::new(0);
+            self.grads = policy.new_grads();
+        }
+        self.adam = AdamW::new(len);
     }
 
     /// Logprobs and entropies of every completion token under `weights`, without gradients; in target order.

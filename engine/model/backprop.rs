@@ -131,7 +131,7 @@ impl Trainer {
         grads: &mut Grads,
     ) {
         self.head_backward(pool, w, batch, warp, d_logprobs, d_entropies, grads);
-        for layer in (0..w.spec.layers).rev() {
+        for layer in (w.lowest_trained_layer()..w.spec.layers).rev() {
             layer_backward(
                 pool,
                 w,
@@ -166,6 +166,10 @@ impl Trainer {
         }
         self.embed_rows.clear();
         self.embed_ids.clear();
+        w.base.clear_frozen(&mut grads.base);
+        if let Some(adapter) = w.adapter {
+            adapter.arena.clear_frozen(&mut grads.adapter);
+        }
     }
 
     fn gather_chunk(&mut self, targets: &[Target], hidden: usize) {
@@ -318,12 +322,14 @@ fn layer_backward(
     qk_rope(pool, &shape, &acts.qkv, w.qk_norm(layer), w.rope(layer), &batch.positions, &mut s.qkv);
     b.d_qkv.resize(acts.qkv.len(), 0.0);
     segment_attention_backward(pool, &shape, &s.qkv, &batch.segments, &acts.attn, &b.d_attn, &mut b.d_qkv);
+    // queries' norm stands before keys' in the arena
     let (mut dq_norm, mut dk_norm) = (None, None);
-    if let Some((q, k)) = slots.qk_norm
-        && let (Some(q), Some(k)) = (w.base.grad_range(q), w.base.grad_range(k))
-    {
-        let [dq, dk] = grads.base.get_disjoint_mut([q, k]).expect("slots do not overlap");
-        (dq_norm, dk_norm) = (Some(dq), Some(dk));
+    if let Some((q, k)) = slots.qk_norm {
+        let (q, k) = (w.base.grad_range(q), w.base.grad_range(k));
+        let keys_from = k.as_ref().map_or(grads.base.len(), |k| k.start);
+        let (low, high) = grads.base.split_at_mut(keys_from);
+        dq_norm = q.map(|q| &mut low[q]);
+        dk_norm = k.map(|k| &mut high[..k.len()]);
     }
     let (norm, rope) = (w.qk_norm(layer), w.rope(layer));
     qk_rope_backward(pool, &shape, &acts.qkv, norm, rope, &batch.positions, &mut b.d_qkv, dq_norm, dk_norm);

@@ -4,7 +4,7 @@
 //! Fused projections carry one adapter per Hugging Face projection, on its own columns. A starts as
 //! Kaiming-uniform noise and B as zero, as in peft, so a new adapter changes nothing.
 
-use rft_kernels::{Pool, Write, add_columns, linear, linear_dw, linear_dx, take_columns};
+use rft_kernels::{Pool, Write, add_columns, linear, linear_dx, take_columns};
 
 use crate::config::LoraConfig;
 use crate::error::{EngineError, Result};
@@ -43,6 +43,7 @@ pub struct LoraScratch {
     high: Vec<f32>,
     d_low: Vec<f32>,
     transpose: Vec<f32>,
+    columns: Vec<f32>,
 }
 
 /// (name, projection, first column, columns, inputs) of every adaptable projection of a layer.
@@ -150,16 +151,15 @@ impl Adapter {
     ) {
         for site in self.at(layer, projection) {
             let (a, b) = (self.arena.matrix(site.a), self.arena.matrix(site.b));
-            let bf16 = a.bf16.is_some();
-            let grad = |id| self.arena.grad_range(id).expect("adapters are trainable");
             scratch.low.resize(m * a.n, 0.0);
             linear(pool, x, m, a, &mut scratch.low, Write::Set);
             scratch.high.resize(m * site.n, 0.0);
             take_columns(pool, dy, dy.len() / m, site.offset, m, site.n, self.scaling, &mut scratch.high);
-            linear_dw(pool, &scratch.high, &scratch.low, m, b.n, b.k, &mut grads[grad(site.b)], bf16);
+            let columns = &mut scratch.columns;
+            self.arena.add_weight_gradient(pool, site.b, &scratch.high, &scratch.low, m, grads, columns);
             scratch.d_low.resize(m * a.n, 0.0);
             linear_dx(pool, &scratch.high, m, b, &mut scratch.d_low, Write::Set, &mut scratch.transpose);
-            linear_dw(pool, &scratch.d_low, x, m, a.n, a.k, &mut grads[grad(site.a)], bf16);
+            self.arena.add_weight_gradient(pool, site.a, &scratch.d_low, x, m, grads, columns);
             linear_dx(pool, &scratch.d_low, m, a, dx, Write::Add, &mut scratch.transpose);
         }
     }

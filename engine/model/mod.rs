@@ -4,6 +4,7 @@ pub mod backprop;
 mod config_fields;
 pub mod decoder;
 pub mod export;
+pub mod freeze;
 pub mod gguf;
 pub mod gguf_names;
 pub mod lora;

@@ -1,14 +1,18 @@
 //! The weights: one ordered f32 buffer in the kernels' panel layout, read by rollout and learner alike.
 //!
 //! A slot is one matrix or vector as the kernels use it; fused projections (q, k, v and gate, up) are one slot
-//! made of several Hugging Face tensors stacked by rows. Gradients and optimizer moments live in buffers of
-//! [`Arena::trainable_len`] numbers that hold the trainable slots in slot order, so every sum over parameters
-//! has one fixed order. In bf16 precision the matrices have a bf16 shadow, remade after each update.
+//! made of several Hugging Face tensors stacked by rows. Which tensors train is one mask ([`Arena::train_only`]);
+//! gradients and optimizer moments live in buffers of [`Arena::trainable_len`] numbers that hold the trained rows
+//! in slot order, so every sum over parameters has one fixed order and what is frozen takes no room. In bf16
+//! precision the matrices have a bf16 shadow, remade after each update.
 
 use std::borrow::Cow;
 use std::ops::Range;
 
-use rft_kernels::{Matrix, Pool, bf16_panels_len, pack_panels, panels_len, to_bf16_panels, unpack_panels};
+use rft_kernels::{
+    Matrix, PANEL, Pool, bf16_panels_len, bias_backward, linear_dw, pack_panels, panels_len, take_columns,
+    to_bf16_panels, unpack_panels,
+};
 
 use crate::error::Result;
 
@@ -63,11 +67,76 @@ pub struct Slot {
     pub shape: Shape,
     /// The tensors it is made of, stacked by rows.
     pub parts: Vec<Part>,
-    /// Receives gradients and updates.
-    pub trainable: bool,
+    /// What of it receives gradients and updates, in row order; empty when it is frozen.
+    pub trained: Vec<Trained>,
     start: usize,
-    grad_start: usize,
     bf16_start: usize,
+}
+
+/// Rows of a slot that receive gradients and updates.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Trained {
+    /// The rows (elements of a vector), tensor by tensor.
+    pub rows: Vec<Range<usize>>,
+    /// The same widened to whole panels of a matrix: what the gradient covers.
+    pub span: Range<usize>,
+    /// Where the gradient of the span lies in a gradient buffer.
+    pub grad: Range<usize>,
+}
+
+impl Slot {
+    /// Stored numbers from the start of row `rows.start`, a panel's first, to the end of the last one's panel.
+    fn stored(&self, rows: &Range<usize>) -> Range<usize> {
+        match self.shape {
+            Shape::Matrix { k, .. } => {
+                let from = self.start + rows.start * k;
+                from..from + panels_len(rows.len(), k)
+            }
+            Shape::Vector(_) => self.start + rows.start..self.start + rows.end,
+        }
+    }
+
+    fn outputs(&self) -> usize {
+        match self.shape {
+            Shape::Matrix { n, .. } | Shape::Vector(n) => n,
+        }
+    }
+
+    /// The runs of trained rows for a choice of tensors, their gradients from `at` on.
+    fn runs(&self, trains: &impl Fn(&str) -> bool, mut at: usize) -> Vec<Trained> {
+        let (panel, k) = match self.shape {
+            Shape::Matrix { k, .. } => (PANEL, k),
+            Shape::Vector(_) => (1, 1),
+        };
+        let mut runs: Vec<Trained> = Vec::new();
+        let mut row = 0;
+        for part in &self.parts {
+            let rows = row..row + part.rows;
+            row = rows.end;
+            if !trains(&part.name) {
+                continue;
+            }
+            let span = rows.start / panel * panel..rows.end.next_multiple_of(panel).min(self.outputs());
+            match runs.last_mut() {
+                Some(last)
+                    if span.start < last.span.end.next_multiple_of(panel) || span.start == last.span.end =>
+                {
+                    last.span.end = span.end;
+                    match last.rows.last_mut() {
+                        Some(before) if before.end == rows.start => before.end = rows.end,
+                        _ => last.rows.push(rows),
+                    }
+                }
+                _ => runs.push(Trained { rows: vec![rows], span, grad: 0..0 }),
+            }
+        }
+        for run in &mut runs {
+            let len = run.span.len().next_multiple_of(panel) * k;
+            run.grad = at..at + len;
+            at += len;
+        }
+        runs
+    }
 }
 
 /// An ordered set of slots over one buffer.
@@ -82,17 +151,28 @@ pub struct Arena {
 impl Arena {
     /// Zero-filled slots in the given order.
     pub fn new(layout: Vec<(Shape, Vec<Part>)>, trainable: bool) -> Self {
-        let (mut start, mut grad_start) = (0, 0);
+        let mut start = 0;
         let slots = layout
             .into_iter()
             .map(|(shape, parts)| {
-                let slot = Slot { shape, parts, trainable, start, grad_start, bf16_start: 0 };
+                let slot = Slot { shape, parts, trained: Vec::new(), start, bf16_start: 0 };
                 start += shape.stored_len();
-                grad_start += if trainable { shape.stored_len() } else { 0 };
                 slot
             })
             .collect();
-        Self { slots, data: vec![0.0; start], bf16: Vec::new(), trainable_len: grad_start }
+        let mut arena = Self { slots, data: vec![0.0; start], bf16: Vec::new(), trainable_len: 0 };
+        arena.train_only(|_| trainable);
+        arena
+    }
+
+    /// Trains the tensors that `trains` says yes to, by name, and freezes the others.
+    pub fn train_only(&mut self, trains: impl Fn(&str) -> bool) {
+        let mut at = 0;
+        for slot in &mut self.slots {
+            slot.trained = slot.runs(&trains, at);
+            at = slot.trained.last().map_or(at, |run| run.grad.end);
+        }
+        self.trainable_len = at;
     }
 
     /// All slots, in order.
@@ -108,6 +188,18 @@ impl Arena {
     /// Parameters, without padding.
     pub fn count(&self) -> usize {
         self.slots.iter().map(|s| s.shape.count()).sum()
+    }
+
+    /// Parameters that train.
+    pub fn trainable_count(&self) -> usize {
+        let trained = |slot: &Slot| {
+            let rows: usize = slot.trained.iter().flat_map(|run| &run.rows).map(Range::len).sum();
+            match slot.shape {
+                Shape::Matrix { k, .. } => rows * k,
+                Shape::Vector(_) => rows,
+            }
+        };
+        self.slots.iter().map(trained).sum()
     }
 
     /// Bytes held: f32 weights and the bf16 shadow.
@@ -162,10 +254,74 @@ impl Arena {
         &mut self.data[slot.start..slot.start + slot.shape.stored_len()]
     }
 
-    /// Where a trainable slot's gradient lies in a gradient buffer; `None` for a frozen one.
+    /// Where the gradient of a slot's trained rows lies in a gradient buffer; `None` for a frozen slot.
     pub fn grad_range(&self, id: SlotId) -> Option<Range<usize>> {
+        let trained = &self.slots[id].trained;
+        Some(trained.first()?.grad.start..trained.last()?.grad.end)
+    }
+
+    /// Adds the gradient of a matrix's trained rows, `dy [m, n]` transposed times `x [m, k]`, to a gradient buffer.
+    /// Frozen rows cost nothing, except those that share a panel with trained ones (see [`Arena::clear_frozen`]).
+    #[allow(clippy::too_many_arguments)]
+    pub fn add_weight_gradient(
+        &self,
+        pool: &Pool,
+        id: SlotId,
+        dy: &[f32],
+        x: &[f32],
+        m: usize,
+        grads: &mut [f32],
+        scratch: &mut Vec<f32>,
+    ) {
         let slot = &self.slots[id];
-        slot.trainable.then(|| slot.grad_start..slot.grad_start + slot.shape.stored_len())
+        let Shape::Matrix { n, k } = slot.shape else { unreachable!("slot {id} is a vector") };
+        let bf16 = !self.bf16.is_empty();
+        for run in &slot.trained {
+            let dy = columns(pool, dy, m, n, &run.span, scratch);
+            linear_dw(pool, dy, x, m, run.span.len(), k, &mut grads[run.grad.clone()], bf16);
+        }
+    }
+
+    /// Adds the gradient of a bias's trained elements, the sum of the rows of `dy [m, n]`.
+    pub fn add_bias_gradient(
+        &self,
+        pool: &Pool,
+        id: SlotId,
+        dy: &[f32],
+        m: usize,
+        grads: &mut [f32],
+        scratch: &mut Vec<f32>,
+    ) {
+        let slot = &self.slots[id];
+        for run in &slot.trained {
+            let dy = columns(pool, dy, m, slot.outputs(), &run.span, scratch);
+            bias_backward(pool, dy, m, &mut grads[run.grad.clone()]);
+        }
+    }
+
+    /// Zeroes the gradients of frozen rows that share a panel with trained ones.
+    pub fn clear_frozen(&self, grads: &mut [f32]) {
+        for slot in &self.slots {
+            for run in &slot.trained {
+                for (_, at) in frozen_lanes(slot, run) {
+                    grads[at] = 0.0;
+                }
+            }
+        }
+    }
+
+    /// The weights of frozen rows that share a panel with trained ones, by place; for [`Arena::put_back`] after an
+    /// update of whole panels.
+    pub fn frozen_beside_trained(&self) -> Vec<(usize, f32)> {
+        let runs = self.slots.iter().flat_map(|slot| slot.trained.iter().map(move |run| (slot, run)));
+        runs.flat_map(|(slot, run)| frozen_lanes(slot, run)).map(|(at, _)| (at, self.data[at])).collect()
+    }
+
+    /// Writes back what [`Arena::frozen_beside_trained`] gave.
+    pub fn put_back(&mut self, weights: &[(usize, f32)]) {
+        for &(at, weight) in weights {
+            self.data[at] = weight;
+        }
     }
 
     /// Fills a slot from its tensors, fetched by name and shape.
@@ -221,36 +377,83 @@ impl Arena {
             .collect()
     }
 
+    /// All f32 weights, slot after slot.
+    pub fn stored_values(&self) -> &[f32] {
+        &self.data
+    }
+
+    /// As [`Arena::stored_values`], writable. [`Arena::refresh`] afterwards.
+    pub fn stored_values_mut(&mut self) -> &mut [f32] {
+        &mut self.data
+    }
+
     /// The trainable slots' values, in slot order, as the optimizer and the checkpoints lay them out.
     pub fn trainable_values(&self) -> Cow<'_, [f32]> {
         if self.trainable_len == self.data.len() {
             return Cow::Borrowed(&self.data);
         }
         let mut out = Vec::with_capacity(self.trainable_len);
-        for slot in self.slots.iter().filter(|s| s.trainable) {
-            out.extend_from_slice(&self.data[slot.start..slot.start + slot.shape.stored_len()]);
+        for slot in &self.slots {
+            for run in &slot.trained {
+                out.extend_from_slice(&self.data[slot.stored(&run.span)]);
+            }
         }
         Cow::Owned(out)
     }
 
     /// The inverse of [`Arena::trainable_values`].
     pub fn set_trainable_values(&mut self, values: &[f32]) {
-        assert_eq!(values.len(), self.trainable_len, "values must cover the trainable slots");
-        for slot in self.slots.iter().filter(|s| s.trainable) {
-            let len = slot.shape.stored_len();
-            self.data[slot.start..slot.start + len]
-                .copy_from_slice(&values[slot.grad_start..slot.grad_start + len]);
+        assert_eq!(values.len(), self.trainable_len, "values must cover the trained rows");
+        for slot in &self.slots {
+            for run in &slot.trained {
+                self.data[slot.stored(&run.span)].copy_from_slice(&values[run.grad.clone()]);
+            }
         }
     }
 
-    /// The trainable slots as (weights, gradient range, decays): matrices decay, vectors do not.
+    /// The trained runs of rows as (weights, gradient range, decays): matrices decay, vectors do not.
     pub fn trainable_mut(&mut self) -> impl Iterator<Item = (&mut [f32], Range<usize>, bool)> {
         let mut rest: &mut [f32] = &mut self.data;
-        self.slots.iter().filter_map(move |slot| {
-            let (here, tail) = std::mem::take(&mut rest).split_at_mut(slot.shape.stored_len());
-            rest = tail;
-            let range = slot.grad_start..slot.grad_start + slot.shape.stored_len();
-            slot.trainable.then_some((here, range, matches!(slot.shape, Shape::Matrix { .. })))
+        let mut at = 0;
+        let runs = self.slots.iter().flat_map(|slot| slot.trained.iter().map(move |run| (slot, run)));
+        runs.map(move |(slot, run)| {
+            let stored = slot.stored(&run.span);
+            let (here, tail) = std::mem::take(&mut rest)[stored.start - at..].split_at_mut(stored.len());
+            (rest, at) = (tail, stored.end);
+            (here, run.grad.clone(), matches!(slot.shape, Shape::Matrix { .. }))
         })
     }
+}
+
+/// Columns `span` of `src [m, n]`, side by side: `src` itself where they are all of them.
+fn columns<'a>(
+    pool: &Pool,
+    src: &'a [f32],
+    m: usize,
+    n: usize,
+    span: &Range<usize>,
+    scratch: &'a mut Vec<f32>,
+) -> &'a [f32] {
+    if span.len() == n {
+        return src;
+    }
+    scratch.resize(m * span.len(), 0.0);
+    take_columns(pool, src, n, span.start, m, span.len(), 1.0, scratch);
+    scratch
+}
+
+/// Places (in the arena, in a gradient buffer) of the frozen rows inside a run's span.
+fn frozen_lanes<'a>(slot: &'a Slot, run: &'a Trained) -> impl Iterator<Item = (usize, usize)> + 'a {
+    let k = match slot.shape {
+        Shape::Matrix { k, .. } => k,
+        Shape::Vector(_) => 0,
+    };
+    let frozen = run.span.clone().filter(move |row| !run.rows.iter().any(|rows| rows.contains(row)));
+    let stored = slot.stored(&run.span);
+    frozen.flat_map(move |row| {
+        let (panel, lane) = ((row - run.span.start) / PANEL, (row - run.span.start) % PANEL);
+        let at = move |j: usize| (panel * k + j) * PANEL + lane;
+        let starts = (stored.start, run.grad.start);
+        (0..k).map(move |j| (starts.0 + at(j), starts.1 + at(j)))
+    })
 }

@@ -4,10 +4,11 @@
 //! (the reference is the same view with the adapter off, or over a frozen copy). Loading and naming follow the
 //! Hugging Face layout of the family.
 
-use rft_kernels::{Act, AttnShape, Pool, Rope, Write, add_bias, bias_backward, linear, linear_dw, linear_dx};
+use rft_kernels::{Act, AttnShape, Pool, Rope, Write, add_bias, linear, linear_dx};
 
-use crate::config::{LoraConfig, NewModelConfig, Precision};
+use crate::config::{LoraConfig, ModelConfig, NewModelConfig, Precision};
 use crate::error::{EngineError, Result};
+use crate::model::freeze::{Candidate, trained_names};
 use crate::model::lora::{Adapter, LoraScratch};
 use crate::model::params::{Arena, Part, Shape, SlotId};
 use crate::model::source::ModelSource;
@@ -131,6 +132,7 @@ pub struct Grads {
 pub struct ProjectScratch {
     lora: LoraScratch,
     transpose: Vec<f32>,
+    columns: Vec<f32>,
 }
 
 fn layout(spec: &ModelSpec) -> (Vec<(Shape, Vec<Part>)>, ModelSlots) {
@@ -336,6 +338,20 @@ impl Policy {
         self.adapter.as_mut().map_or(&mut self.base, |a| &mut a.arena)
     }
 
+    /// Freezes what the recipe wants frozen in a stage.
+    ///
+    /// # Errors
+    /// Patterns that match nothing, or leave nothing to train.
+    pub fn choose_trained(&mut self, config: &ModelConfig, seed: u64, stage: usize) -> Result<()> {
+        let parts = self.trainable().slots().iter().flat_map(|slot| {
+            let matrix = matches!(slot.shape, Shape::Matrix { .. });
+            slot.parts.iter().map(move |part| Candidate { name: part.name.clone(), matrix })
+        });
+        let names = trained_names(&parts.collect::<Vec<_>>(), config, seed, stage)?;
+        self.trainable_mut().train_only(|name| names.contains(name));
+        Ok(())
+    }
+
     /// Zeroed gradient buffers.
     pub fn new_grads(&self) -> Grads {
         Grads {
@@ -346,7 +362,7 @@ impl Policy {
 
     /// Parameters that train.
     pub fn trainable_count(&self) -> usize {
-        self.trainable().slots().iter().filter(|s| s.trainable).map(|s| s.shape.count()).sum()
+        self.trainable().trainable_count()
     }
 
     /// Every tensor under its Hugging Face name, adapters merged; row-major f32.
@@ -387,6 +403,21 @@ impl<'a> Weights<'a> {
     /// Positions that were prepared for.
     pub fn positions(&self) -> usize {
         self.positions
+    }
+
+    /// The first layer that has something to train at it or below: a backward pass may stop above it.
+    pub fn lowest_trained_layer(&self) -> usize {
+        if self.adapter.is_some() || self.base.grad_range(self.slots.embed).is_some() {
+            return 0;
+        }
+        let trains = |layer: &LayerSlots| {
+            let norms =
+                [Some(layer.attn_norm), layer.post_attn_norm, Some(layer.mlp_norm), layer.post_mlp_norm];
+            let head_norms = layer.qk_norm.into_iter().flat_map(|(q, k)| [q, k]);
+            let slots = norms.into_iter().chain(layer.bias).flatten().chain(layer.weight).chain(head_norms);
+            slots.into_iter().any(|id| self.base.grad_range(id).is_some())
+        };
+        self.slots.layers.iter().position(trains).unwrap_or(self.spec.layers)
     }
 
     /// Geometry of a layer's attention.
@@ -456,11 +487,9 @@ impl<'a> Weights<'a> {
         let m = x.len() / weight.k;
         dx.resize(m * weight.k, 0.0);
         linear_dx(pool, dy, m, weight, dx, Write::Set, &mut scratch.transpose);
-        if let Some(range) = self.base.grad_range(id) {
-            linear_dw(pool, dy, x, m, weight.n, weight.k, &mut grads.base[range], weight.bf16.is_some());
-        }
-        if let Some(range) = slots.bias[projection as usize].and_then(|bias| self.base.grad_range(bias)) {
-            bias_backward(pool, dy, m, &mut grads.base[range]);
+        self.base.add_weight_gradient(pool, id, dy, x, m, &mut grads.base, &mut scratch.columns);
+        if let Some(bias) = slots.bias[projection as usize] {
+            self.base.add_bias_gradient(pool, bias, dy, m, &mut grads.base, &mut scratch.columns);
         }
         if let Some(adapter) = self.adapter {
             adapter.backward(pool, layer, projection, x, m, dy, dx, &mut grads.adapter, &mut scratch.lora);
