@@ -251,6 +251,10 @@ fn hostile_templates_end_in_an_error() {
         ("recursion", "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}".to_string()),
         ("nested json", "{% set n = namespace(x=[]) %}{% for a in range(99999) %}{% set n.x = [n.x] %}{% endfor %}{{ n.x | tojson }}".to_string()),
         ("wide repeats", "{{ ('x' * 99999999) * 99999999 }}".to_string()),
+        (
+            "margins that no line takes",
+            "{% for a in range(99999) %}{{ 'x' | indent(99999999) }}{{ 'x' | indent(width=99999999) }}{% endfor %}".to_string(),
+        ),
         ("padding", "{{ '%0999999999d' | format(1) }}".to_string()),
         ("shared doubling json", "{% set n = namespace(x=[1]) %}{% for a in range(100) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x | tojson }}".to_string()),
         ("inclusion", "{% include '/etc/passwd' %}".to_string()),

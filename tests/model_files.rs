@@ -8,10 +8,15 @@ use candle_core::{DType, Device};
 use proptest::prelude::*;
 use rft_engine::model::export::{ModelFiles, write_hf_folder, write_safetensors};
 use rft_engine::model::gguf::{Gguf, dequantise};
+use rft_engine::model::policy::Policy;
 use rft_engine::model::source::ModelSource;
-use rft_engine::model::spec::{ModelSpec, RopeScaling};
+use rft_engine::model::spec::ModelSpec;
 use serde_json::{Value, json};
 use tempfile::TempDir;
+
+#[path = "support/gguf.rs"]
+mod gguf;
+use gguf::{Meta, gguf_bytes, to_gguf};
 
 /// Root of the fixtures: `RFT_FIXTURES`, else the repository's own.
 fn fixtures() -> PathBuf {
@@ -162,183 +167,6 @@ fn gguf_blocks_dequantise_as_in_gguf_py() {
     }
     assert_eq!(kinds.len(), 10, "{kinds:?}");
     println!("gguf blocks: {} kinds agree: {kinds:?}", kinds.len());
-}
-
-/// A metadata value of a test file: GGUF type and bytes.
-enum Meta<'a> {
-    U32(u32),
-    F32(f32),
-    Text(&'a str),
-    Texts(Vec<String>),
-    I32s(Vec<i32>),
-}
-
-/// Writes a GGUF file of f32 tensors (shape slowest first).
-fn gguf_bytes(metadata: &[(&str, Meta<'_>)], tensors: &[(String, Vec<usize>, Vec<f32>)]) -> Vec<u8> {
-    let text = |out: &mut Vec<u8>, s: &str| {
-        out.extend((s.len() as u64).to_le_bytes());
-        out.extend(s.as_bytes());
-    };
-    let mut out = b"GGUF\x03\0\0\0".to_vec();
-    out.extend((tensors.len() as u64).to_le_bytes());
-    out.extend((metadata.len() as u64).to_le_bytes());
-    for (key, value) in metadata {
-        text(&mut out, key);
-        match value {
-            Meta::U32(n) => out.extend([4u32, *n].map(u32::to_le_bytes).concat()),
-            Meta::F32(x) => out.extend([6u32.to_le_bytes(), x.to_le_bytes()].concat()),
-            Meta::Text(s) => {
-                out.extend(8u32.to_le_bytes());
-                text(&mut out, s);
-            }
-            Meta::Texts(list) => {
-                out.extend([9u32, 8].map(u32::to_le_bytes).concat());
-                out.extend((list.len() as u64).to_le_bytes());
-                list.iter().for_each(|s| text(&mut out, s));
-            }
-            Meta::I32s(list) => {
-                out.extend([9u32, 5].map(u32::to_le_bytes).concat());
-                out.extend((list.len() as u64).to_le_bytes());
-                list.iter().for_each(|n| out.extend(n.to_le_bytes()));
-            }
-        }
-    }
-    let mut offset = 0u64;
-    for (name, shape, values) in tensors {
-        text(&mut out, name);
-        out.extend((shape.len() as u32).to_le_bytes());
-        shape.iter().rev().for_each(|d| out.extend((*d as u64).to_le_bytes()));
-        out.extend(0u32.to_le_bytes());
-        out.extend(offset.to_le_bytes());
-        offset = (offset + 4 * values.len() as u64).next_multiple_of(32);
-    }
-    for (_, _, values) in tensors {
-        out.resize(out.len().next_multiple_of(32), 0);
-        values.iter().for_each(|v| out.extend(v.to_le_bytes()));
-    }
-    out
-}
-
-/// What llama.cpp's converter does to a folder of a family: names, norm offsets, and the row order of q and k.
-fn to_gguf(folder: &Path, arch: &str) -> Vec<u8> {
-    let source = ModelSource::open(folder).unwrap();
-    let spec = source.spec();
-    let renamed = |name: &str| {
-        let gemma = arch.starts_with("gemma");
-        let (after_attention, before_mlp) =
-            if gemma { ("post_attention_norm", "ffn_norm") } else { ("ffn_norm", "unused") };
-        name.replace("model.embed_tokens", "token_embd")
-            .replace("model.norm", "output_norm")
-            .replace("lm_head", "output")
-            .replace("model.layers", "blk")
-            .replace("input_layernorm", "attn_norm")
-            .replace("post_attention_layernorm", after_attention)
-            .replace("pre_feedforward_layernorm", before_mlp)
-            .replace("post_feedforward_layernorm", "post_ffw_norm")
-            .replace("self_attn.q_proj", "attn_q")
-            .replace("self_attn.k_proj", "attn_k")
-            .replace("self_attn.v_proj", "attn_v")
-            .replace("self_attn.o_proj", "attn_output")
-            .replace("self_attn.q_norm", "attn_q_norm")
-            .replace("self_attn.k_norm", "attn_k_norm")
-            .replace("mlp.gate_proj", "ffn_gate")
-            .replace("mlp.up_proj", "ffn_up")
-            .replace("mlp.down_proj", "ffn_down")
-    };
-    let mut tensors = vec![];
-    for name in source.names() {
-        let shape = source.shape(&name).unwrap();
-        let mut values = source.tensor(&name, &shape).unwrap();
-        let heads = if name.contains("q_proj") { spec.heads } else { spec.kv_heads };
-        if arch == "llama" && (name.contains("q_proj") || name.contains("k_proj")) {
-            // reshape(heads, 2, d / 2, columns).swapaxes(1, 2)
-            let (columns, half) = (shape[1], spec.head_dim / 2);
-            let plain = values.clone();
-            for h in 0..heads {
-                for part in 0..2 {
-                    for i in 0..half {
-                        let (from, to) = (h * 2 * half + part * half + i, h * 2 * half + i * 2 + part);
-                        values[to * columns..(to + 1) * columns]
-                            .copy_from_slice(&plain[from * columns..(from + 1) * columns]);
-                    }
-                }
-            }
-        }
-        if arch.starts_with("gemma") && name.ends_with("norm.weight") {
-            values.iter_mut().for_each(|w| *w += 1.0);
-        }
-        tensors.push((renamed(&name), shape, values));
-    }
-    let key = |k: &str| format!("{arch}.{k}");
-    let sizes = [
-        ("block_count", spec.layers),
-        ("embedding_length", spec.hidden),
-        ("feed_forward_length", spec.ffn),
-        ("context_length", spec.max_positions),
-        ("attention.head_count", spec.heads),
-        ("attention.head_count_kv", spec.kv_heads),
-        ("attention.key_length", spec.head_dim),
-        ("attention.value_length", spec.head_dim),
-    ];
-    let mut metadata: Vec<(String, Meta<'_>)> = vec![("general.architecture".into(), Meta::Text(arch))];
-    metadata.extend(sizes.iter().map(|(k, v)| (key(k), Meta::U32(*v as u32))));
-    metadata.push((key("attention.layer_norm_rms_epsilon"), Meta::F32(spec.norm_eps)));
-    metadata.push((key("rope.freq_base"), Meta::F32(spec.ropes[0].theta as f32)));
-    match spec.ropes[0].scaling {
-        RopeScaling::Linear { factor } => {
-            metadata.push((key("rope.scaling.type"), Meta::Text("linear")));
-            metadata.push((key("rope.scaling.factor"), Meta::F32(factor as f32)));
-        }
-        RopeScaling::Yarn { factor, original_positions, .. } => {
-            metadata.push((key("rope.scaling.type"), Meta::Text("yarn")));
-            metadata.push((key("rope.scaling.factor"), Meta::F32(factor as f32)));
-            metadata
-                .push((key("rope.scaling.original_context_length"), Meta::U32(original_positions as u32)));
-        }
-        _ => {}
-    }
-    if arch == "gemma3" {
-        metadata.push((key("attention.sliding_window"), Meta::U32(24)));
-    }
-    let file = read_json(&folder.join("tokenizer.json"));
-    let mut tokens: Vec<(String, u64)> = file["model"]["vocab"]
-        .as_object()
-        .unwrap()
-        .iter()
-        .map(|(token, id)| (token.clone(), id.as_u64().unwrap()))
-        .collect();
-    let mut kinds = vec![1; tokens.len()];
-    for added in file["added_tokens"].as_array().unwrap() {
-        let id = added["id"].as_u64().unwrap();
-        if !tokens.iter().any(|t| t.1 == id) {
-            tokens.push((added["content"].as_str().unwrap().into(), id));
-            kinds.push(3);
-        }
-    }
-    let order = {
-        let mut order: Vec<usize> = (0..tokens.len()).collect();
-        order.sort_by_key(|&i| tokens[i].1);
-        order
-    };
-    let merges = file["model"]["merges"].as_array().unwrap().iter().map(|m| match m.as_array() {
-        Some(pair) => format!("{} {}", pair[0].as_str().unwrap(), pair[1].as_str().unwrap()),
-        None => m.as_str().unwrap().to_string(),
-    });
-    metadata.push(("tokenizer.ggml.model".into(), Meta::Text("gpt2")));
-    metadata.push(("tokenizer.ggml.pre".into(), Meta::Text("qwen2")));
-    metadata.push((
-        "tokenizer.ggml.tokens".into(),
-        Meta::Texts(order.iter().map(|&i| tokens[i].0.clone()).collect()),
-    ));
-    metadata
-        .push(("tokenizer.ggml.token_type".into(), Meta::I32s(order.iter().map(|&i| kinds[i]).collect())));
-    metadata.push(("tokenizer.ggml.merges".into(), Meta::Texts(merges.collect())));
-    metadata.push(("tokenizer.ggml.eos_token_id".into(), Meta::U32(511)));
-    metadata.push(("tokenizer.ggml.padding_token_id".into(), Meta::U32(509)));
-    metadata.push(("tokenizer.chat_template".into(), Meta::Text("{{ messages[0].content }}")));
-    let metadata: Vec<(&str, Meta<'_>)> =
-        metadata.iter_mut().map(|(k, v)| (k.as_str(), std::mem::replace(v, Meta::U32(0)))).collect();
-    gguf_bytes(&metadata, &tensors)
 }
 
 #[test]
@@ -634,6 +462,25 @@ fn broken_folders_are_named() {
     std::fs::remove_file(folder.path().join("config.json")).unwrap();
     assert_says(&error_of(open()), &["config.json", "missing", "GGUF"]);
     assert_says(&error_of(ModelSource::open(folder.path().join("nowhere"))), &["nowhere"]);
+}
+
+#[test]
+fn a_config_that_lies_about_sizes_is_refused_before_anything_is_allocated() {
+    let folder = copy_of("qwen2");
+    let path = folder.path().join("config.json");
+    let mut config = read_json(&path);
+    // at this width the weights would take gigabytes
+    config["head_dim"] = json!(1 << 21);
+    std::fs::write(&path, config.to_string()).unwrap();
+    let before = peak_address_space();
+    let source = ModelSource::open(folder.path()).unwrap();
+    assert_says(
+        &error_of(Policy::load(&source, None, 0)),
+        &["q_proj.weight", "expected shape [8388608, 64]"],
+    );
+    if let (Some(before), Some(after)) = (before, peak_address_space()) {
+        assert!(after - before < 1 << 30, "grew by {} bytes", after - before);
+    }
 }
 
 #[test]

@@ -10,7 +10,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, ValueKind};
+use minijinja::value::{Kwargs, Rest, StringInput, ValueKind, from_args};
 use minijinja::{Environment, Error, ErrorKind, State, Value as Jinja};
 use serde_json::{Map, Value, json};
 
@@ -78,6 +78,7 @@ impl ChatTemplate {
         env.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         env.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
         env.add_filter("tojson", tojson);
+        env.add_filter("indent", indent);
         env.add_filter("__generation", mark_generation);
         env.add_filter("string", |value: Jinja| python_str(&value));
         env.add_test("iterable", |value: &Jinja| {
@@ -391,6 +392,24 @@ fn python_str(value: &Jinja) -> String {
 fn strftime_now(state: &State<'_, '_>, format: &str) -> std::result::Result<String, Error> {
     let seconds = state.lookup("__moment").and_then(|m| i64::try_from(m).ok()).unwrap_or(0);
     strftime(seconds, format).map_err(|e| Error::new(ErrorKind::InvalidOperation, e))
+}
+
+/// The engine's `indent`, which makes its margin before it knows whether a line takes it: the margin is paid for first.
+fn indent(state: &State<'_, '_>, args: Rest<Jinja>) -> std::result::Result<Jinja, Error> {
+    let (text, width, first, blank, kwargs): (
+        StringInput<'_>,
+        Option<usize>,
+        Option<bool>,
+        Option<bool>,
+        Kwargs,
+    ) = from_args(&args)?;
+    let width = match width {
+        Some(width) => width,
+        None => kwargs.get::<Option<usize>>("width")?.unwrap_or(4),
+    };
+    let lines = text.as_str().matches('\n').count() + 1;
+    state.consume_fuel((width.saturating_mul(lines) / 64) as u64)?;
+    minijinja::filters::indent(text, Some(width), first, blank, kwargs)
 }
 
 fn tojson(state: &State<'_, '_>, value: Jinja, kwargs: Kwargs) -> std::result::Result<Jinja, Error> {

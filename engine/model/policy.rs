@@ -227,6 +227,15 @@ impl Policy {
                 source.spec().architecture
             )));
         }
+        // a config that lies about sizes must not decide how much is allocated
+        for (shape, parts) in layout(source.spec()).0 {
+            for part in parts {
+                match shape {
+                    Shape::Matrix { k, .. } => source.expect(&part.name, &[part.rows, k])?,
+                    Shape::Vector(_) => source.expect(&part.name, &[part.rows])?,
+                }
+            }
+        }
         let mut policy = Self::with_spec(source.spec().clone(), lora.is_none());
         for id in 0..policy.base.slots().len() {
             policy.base.load_slot(id, |name, shape| source.tensor(name, shape))?;

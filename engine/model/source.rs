@@ -255,11 +255,11 @@ impl ModelSource {
         }
     }
 
-    /// One tensor as f32, row-major, of exactly the shape `expect`.
+    /// Whether a tensor is stored with exactly the shape `expect`; nothing is read.
     ///
     /// # Errors
-    /// A missing tensor, another shape, or a storage type that is not read; each names the tensor.
-    pub fn tensor(&self, name: &str, expect: &[usize]) -> Result<Vec<f32>> {
+    /// A missing tensor or another shape, by name.
+    pub fn expect(&self, name: &str, expect: &[usize]) -> Result<()> {
         let Some(shape) = self.shape(name) else {
             let close = self.names();
             let close = close.iter().filter(|n| n.len() < 256).min_by_key(|n| edits(n, name));
@@ -277,6 +277,15 @@ impl ModelSource {
                 format!("expected shape {expect:?} from the config, found {shape:?}"),
             ));
         }
+        Ok(())
+    }
+
+    /// One tensor as f32, row-major, of exactly the shape `expect`.
+    ///
+    /// # Errors
+    /// A missing tensor, another shape, or a storage type that is not read; each names the tensor.
+    pub fn tensor(&self, name: &str, expect: &[usize]) -> Result<Vec<f32>> {
+        self.expect(name, expect)?;
         let refuse = |found: String| {
             EngineError::malformed(
                 &self.path,
