@@ -4,6 +4,7 @@ use rft_engine::config::{LoraConfig, NewModelConfig, Precision};
 use rft_engine::learner::batch::{GroupTokens, micro_batches, pack};
 use rft_engine::model::backprop::Trainer;
 use rft_engine::model::policy::{Grads, Policy, new_model_spec};
+use rft_engine::model::spec::ModelSpec;
 use rft_kernels::{Pool, Warp};
 
 const PLAIN: Warp = Warp { temperature: 0.8, top_k: 0, top_p: 1.0, min_p: 0.0 };
@@ -12,6 +13,23 @@ fn policy() -> Policy {
     let shape = NewModelConfig { hidden: 24, layers: 2, heads: 4, kv_heads: 2, head_dim: 8, ffn: 40 };
     let mut policy = Policy::init(new_model_spec(&shape, 50, 1, 64).unwrap(), 3);
     // away from the symmetric start, so that no gradient is small by accident
+    for id in 0..policy.base.slots().len() {
+        policy.base.values_mut(id).iter_mut().for_each(|w| *w *= 4.0);
+    }
+    policy.prepare(&Pool::new(1), 64, Precision::F32);
+    policy
+}
+
+/// A mixture in every layer: all four experts get tokens, and every token leaves two of them out.
+fn mixture(renormalise: bool) -> Policy {
+    let spec = ModelSpec::from_config_json(&serde_json::json!({
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "vocab_size": 50, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 40, "moe_intermediate_size": 20,
+        "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": renormalise,
+        "max_position_embeddings": 64,
+    }));
+    let mut policy = Policy::init(spec.unwrap(), 3);
     for id in 0..policy.base.slots().len() {
         policy.base.values_mut(id).iter_mut().for_each(|w| *w *= 4.0);
     }
@@ -95,6 +113,32 @@ fn every_weight_gradient_matches_finite_differences() {
 }
 
 #[test]
+fn every_expert_and_router_gradient_matches_finite_differences() {
+    check_every_slot(mixture(true), false);
+    check_every_slot(mixture(false), false);
+}
+
+#[test]
+fn an_expert_without_tokens_has_a_gradient_of_zero() {
+    let (mut policy, pool) = (mixture(true), Pool::new(1));
+    let experts = policy.weights().slots.layers[1].experts.clone().unwrap();
+    let before = gradient(&pool, &policy, 100).base;
+    let router = policy.base.values_mut(experts.router);
+    router.iter_mut().for_each(|w| *w = 0.0);
+    let grads = gradient(&pool, &policy, 100).base;
+    let norm = |grads: &[f32], id| {
+        grads[policy.base.grad_range(id).unwrap()].iter().map(|g| f64::from(*g).powi(2)).sum::<f64>()
+    };
+    // equal probabilities: ties go to the first two experts
+    for expert in 0..4 {
+        for id in [experts.gate_up[expert], experts.down[expert]] {
+            assert!(norm(&before, id) > 0.0);
+            assert_eq!(norm(&grads, id) > 0.0, expert < 2, "expert {expert}");
+        }
+    }
+}
+
+#[test]
 fn every_adapter_gradient_matches_finite_differences() {
     let mut policy = policy();
     let config = LoraConfig { rank: 3, alpha: 6.0, ..LoraConfig::default() };
@@ -113,10 +157,11 @@ fn every_adapter_gradient_matches_finite_differences() {
 
 #[test]
 fn splitting_the_batch_leaves_the_gradient_bits_alone() {
-    let (policy, pool) = (policy(), Pool::new(2));
-    let whole = gradient(&pool, &policy, 100);
-    // 11 rows hold the first group; the second gets a micro-batch of its own
-    let split = gradient(&Pool::new(1), &policy, 11);
-    let bits = |g: &[f32]| g.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
-    assert_eq!(bits(&whole.base), bits(&split.base));
+    for policy in [policy(), mixture(true)] {
+        let whole = gradient(&Pool::new(2), &policy, 100);
+        // 11 rows hold the first group; the second gets a micro-batch of its own
+        let split = gradient(&Pool::new(1), &policy, 11);
+        let bits = |g: &[f32]| g.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+        assert_eq!(bits(&whole.base), bits(&split.base));
+    }
 }

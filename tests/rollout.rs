@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{POSITIONS, policy, prompts};
+use common::{POSITIONS, mixture, policy, prompts};
 use proptest::prelude::*;
 use rft_engine::EngineError;
 use rft_engine::config::Precision;
@@ -62,8 +62,8 @@ fn requests(lengths: &[usize], samples: usize, vocab: usize) -> Vec<Request> {
 
 #[test]
 fn sampled_logprobs_are_the_learners_bit_for_bit() {
-    for precision in [Precision::F32, Precision::Bf16] {
-        let (policy, tokenizer) = policy(precision);
+    let models = [Precision::F32, Precision::Bf16].map(|p| [(p, policy(p)), (p, mixture(p))]);
+    for (precision, (policy, tokenizer)) in models.into_iter().flatten() {
         let requests = requests(&[1, 15, 16, 17, 40], 4, tokenizer.vocab_size());
         let plain = sampling(1.0, 0, 1.0, 0.0, tokenizer.eos());
         for sampling in [
@@ -88,7 +88,7 @@ fn sampled_logprobs_are_the_learners_bit_for_bit() {
                     let scores = trainer.forward(&pool, &policy.weights(), &batch, &sampling.warp());
                     learned.extend(scores.logprobs.iter().map(|l| l.to_bits()));
                 }
-                assert_eq!(sampled, learned, "{precision:?} {sampling:?}");
+                assert_eq!(sampled, learned, "{} {precision:?} {sampling:?}", policy.spec.architecture);
             }
         }
     }
@@ -125,8 +125,10 @@ proptest! {
         threads in prop::sample::select(vec![1usize, 2, 3]),
         extra_blocks in 0usize..12,
         prefill_rows in 1usize..40,
+        experts in any::<bool>(),
     ) {
-        let (policy, tokenizer) = policy(Precision::F32);
+        // company at an expert must not show either
+        let (policy, tokenizer) = if experts { mixture(Precision::F32) } else { policy(Precision::F32) };
         let requests = requests(&lengths, samples, tokenizer.vocab_size());
         let sampling = sampling(1.0, 0, 1.0, 0.0, tokenizer.eos());
         let roomy = Setup { threads: 1, blocks: 400, prefill_rows: 1000 };

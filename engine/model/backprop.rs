@@ -12,8 +12,10 @@ use rft_kernels::{
 };
 
 use crate::model::decoder::{Attend, LayerActs, LayerScratch, layer_forward};
+use crate::model::experts::experts_backward;
 use crate::model::params::SlotId;
 use crate::model::policy::{Grads, Projection, Weights};
+use crate::model::spec::LayerSpec;
 use crate::types::TokenId;
 
 /// A token whose logprob is wanted: `token` drawn from the distribution at `row`.
@@ -89,9 +91,17 @@ pub fn activation_bytes_per_row(w: &Weights) -> usize {
     let q = s.heads * s.head_dim;
     let kv = s.kv_heads * s.head_dim;
     let sandwich = if s.sandwich_norms { 2 * s.hidden } else { 0 };
-    let kept = 2 * s.hidden + q + 2 * kv + q + 2 * s.ffn + sandwich;
-    let live = 8 * s.hidden + 4 * (q + 2 * kv) + 5 * s.ffn;
-    4 * (s.layers * kept + live)
+    let attention = 2 * s.hidden + q + 2 * kv + q + sandwich;
+    let dense = (2 * s.ffn, 5 * s.ffn);
+    // of a pair: gate and up, its row and weight; then input, output, their gradients and those of the activations
+    let mixture = s.moe.as_ref().map_or((0, 0), |moe| {
+        let pair = (2 * moe.ffn + 3, 3 * s.hidden + 4 * moe.ffn + 2);
+        (moe.per_token * pair.0 + moe.experts, moe.per_token * pair.1 + moe.experts)
+    });
+    let ffn = |layer: &LayerSpec| if layer.experts { mixture } else { dense };
+    let kept: usize = s.layer_specs.iter().map(|layer| attention + ffn(layer).0).sum();
+    let live = s.layer_specs.iter().map(|layer| ffn(layer).1).max().unwrap_or(0);
+    4 * (kept + live + 8 * s.hidden + 4 * (q + 2 * kv))
 }
 
 impl Trainer {
@@ -307,13 +317,29 @@ fn layer_backward(
     let m = batch.tokens.len();
 
     w.norm(pool, slots.mlp_norm, &acts.h_mid, &mut s.x);
-    s.act.resize(m * w.spec.ffn, 0.0);
-    glu(pool, &acts.gate_up, m, w.spec.ffn, w.act(), &mut s.act);
     let d_down = through_sandwich(pool, w, slots.post_mlp_norm, &acts.down, &b.dh, &mut b.d_delta, grads);
-    w.project_backward(pool, layer, Projection::Down, &s.act, d_down, &mut b.d_act, grads, &mut s.project);
-    b.d_gate_up.resize(acts.gate_up.len(), 0.0);
-    glu_backward(pool, &acts.gate_up, m, w.spec.ffn, w.act(), &b.d_act, &mut b.d_gate_up);
-    w.project_backward(pool, layer, Projection::GateUp, &s.x, &b.d_gate_up, &mut b.dx, grads, &mut s.project);
+    if let (Some(experts), Some(moe)) = (&slots.experts, &w.spec.moe) {
+        let (x, act, dx) = (&s.x, &mut s.act, &mut b.dx);
+        let (routing, gate_up) = (&acts.routing, &acts.gate_up);
+        experts_backward(pool, w, experts, moe, x, routing, gate_up, act, d_down, dx, grads, &mut s.experts);
+    } else {
+        s.act.resize(m * w.spec.ffn, 0.0);
+        glu(pool, &acts.gate_up, m, w.spec.ffn, w.act(), &mut s.act);
+        w.project_backward(
+            pool,
+            layer,
+            Projection::Down,
+            &s.act,
+            d_down,
+            &mut b.d_act,
+            grads,
+            &mut s.project,
+        );
+        b.d_gate_up.resize(acts.gate_up.len(), 0.0);
+        glu_backward(pool, &acts.gate_up, m, w.spec.ffn, w.act(), &b.d_act, &mut b.d_gate_up);
+        let (d_gate_up, dx) = (&b.d_gate_up, &mut b.dx);
+        w.project_backward(pool, layer, Projection::GateUp, &s.x, d_gate_up, dx, grads, &mut s.project);
+    }
     norm_backward(pool, w, slots.mlp_norm, &acts.h_mid, &b.dx, &mut b.dh, grads);
 
     let d_o = through_sandwich(pool, w, slots.post_attn_norm, &acts.o, &b.dh, &mut b.d_delta, grads);

@@ -3,12 +3,15 @@
 use serde_json::{Map, Value, json};
 
 use super::rope::RopeSpec;
-use super::spec::{Activation, MoeSpec};
+use super::spec::{Activation, ExpertNames, MoeSpec};
 use crate::error::{EngineError, Result};
 use crate::types::TokenId;
 
 /// Largest value of any size in a config; anything above is taken for corruption.
 const MAX_SIZE: usize = 1 << 24;
+
+/// Most experts of a model, all layers together.
+const MAX_EXPERTS: usize = 1 << 16;
 
 /// How a family reads its config, where families differ.
 pub(super) struct Family {
@@ -322,7 +325,7 @@ pub(super) fn token_ids(f: &Fields, key: &str) -> Result<Vec<TokenId>> {
     }
 }
 
-pub(super) fn moe_spec(f: &Fields, arch: &str) -> Result<Option<MoeSpec>> {
+pub(super) fn moe_spec(f: &Fields, arch: &str, layers: usize) -> Result<Option<MoeSpec>> {
     let renormalise = match arch {
         "MixtralForCausalLM" => true,
         "Qwen3MoeForCausalLM" => f.flag("norm_topk_prob", false)?,
@@ -332,6 +335,14 @@ pub(super) fn moe_spec(f: &Fields, arch: &str) -> Result<Option<MoeSpec>> {
         Some(n) => n,
         None => f.size("num_experts")?,
     };
+    // a config that lies must not decide how many tensors are looked for
+    if experts.saturating_mul(layers) > MAX_EXPERTS {
+        return Err(Fields::error(
+            if f.get("num_local_experts").is_some() { "num_local_experts" } else { "num_experts" },
+            &format!("at most {} in {layers} layers", MAX_EXPERTS / layers),
+            &json!(experts),
+        ));
+    }
     let per_token = f.size("num_experts_per_tok")?;
     if per_token > experts {
         return Err(Fields::error(
@@ -340,12 +351,10 @@ pub(super) fn moe_spec(f: &Fields, arch: &str) -> Result<Option<MoeSpec>> {
             &json!(per_token),
         ));
     }
-    let ffn = f.size(if renormalise && arch == "MixtralForCausalLM" {
-        "intermediate_size"
-    } else {
-        "moe_intermediate_size"
-    })?;
-    Ok(Some(MoeSpec { experts, per_token, ffn, renormalise }))
+    let ffn =
+        f.size(if arch == "MixtralForCausalLM" { "intermediate_size" } else { "moe_intermediate_size" })?;
+    let names = if arch == "MixtralForCausalLM" { ExpertNames::MIXTRAL } else { ExpertNames::QWEN };
+    Ok(Some(MoeSpec { experts, per_token, ffn, renormalise, names }))
 }
 
 /// Window and rotary index of each layer, and the rotary embeddings.

@@ -13,6 +13,7 @@ use rft_kernels::{
     paged_attention, qk_rope, rms_norm, segment_attention, store_kv,
 };
 
+use crate::model::experts::{ExpertScratch, Routing, experts_forward};
 use crate::model::params::SlotId;
 use crate::model::policy::{ProjectScratch, Projection, Weights};
 use crate::rollout::{KvCache, PagedBatch, PagedModel};
@@ -38,8 +39,10 @@ pub(super) struct LayerActs {
     pub o: Vec<f32>,
     /// Residual stream after attention `[m, h]`.
     pub h_mid: Vec<f32>,
-    /// Gate and up `[m, 2 f]`.
+    /// Gate and up `[m, 2 f]`; in a mixture one row for each pair of a token and an expert.
     pub gate_up: Vec<f32>,
+    /// Which tokens went to which expert (unused without a mixture).
+    pub routing: Routing,
     /// Feed-forward output before its sandwich norm `[m, h]` (empty without sandwich norms).
     pub down: Vec<f32>,
 }
@@ -52,6 +55,7 @@ pub(super) struct LayerScratch {
     pub act: Vec<f32>,
     pub delta: Vec<f32>,
     pub project: ProjectScratch,
+    pub experts: ExpertScratch,
 }
 
 impl<'a> Weights<'a> {
@@ -135,10 +139,16 @@ pub(super) fn layer_forward(
     let (eps, offset) = (w.spec.norm_eps, w.spec.norm_offset);
     add_rms_norm(pool, h, &s.delta, w.base.values(slots.mlp_norm), eps, offset, &mut s.x);
     copy(h, &mut acts.h_mid);
-    w.project(pool, layer, Projection::GateUp, &s.x, &mut acts.gate_up, &mut s.project);
-    s.act.resize(m * w.spec.ffn, 0.0);
-    glu(pool, &acts.gate_up, m, w.spec.ffn, w.act(), &mut s.act);
-    w.project(pool, layer, Projection::Down, &s.act, &mut s.delta, &mut s.project);
+    if let (Some(experts), Some(moe)) = (&slots.experts, &w.spec.moe) {
+        let (routing, gate_up) = (&mut acts.routing, &mut acts.gate_up);
+        let (act, y) = (&mut s.act, &mut s.delta);
+        experts_forward(pool, w, experts, moe, &s.x, routing, gate_up, act, y, &mut s.experts);
+    } else {
+        w.project(pool, layer, Projection::GateUp, &s.x, &mut acts.gate_up, &mut s.project);
+        s.act.resize(m * w.spec.ffn, 0.0);
+        glu(pool, &acts.gate_up, m, w.spec.ffn, w.act(), &mut s.act);
+        w.project(pool, layer, Projection::Down, &s.act, &mut s.delta, &mut s.project);
+    }
     if let Some(norm) = slots.post_mlp_norm {
         copy(&s.delta, &mut acts.down);
         w.norm(pool, norm, &acts.down, &mut s.delta);

@@ -75,6 +75,14 @@ impl Adapter {
                 valid.join(", ")
             )));
         }
+        let experts = |t: &&String| matches!(t.as_str(), "gate_proj" | "up_proj" | "down_proj");
+        if let Some(target) = config.targets.iter().find(experts).filter(|_| spec.moe.is_some()) {
+            return Err(EngineError::Config(format!(
+                "model.lora.targets: `{target}` lies in the experts of a {}, and adapters on experts are not supported\n\
+                 hint: targets = [\"q_proj\", \"k_proj\", \"v_proj\", \"o_proj\"]",
+                spec.architecture
+            )));
+        }
         let r = config.rank;
         let (mut layout, mut sites, mut ranges) = (Vec::new(), Vec::new(), Vec::new());
         for layer in 0..spec.layers {

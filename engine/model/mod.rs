@@ -3,6 +3,7 @@
 pub mod backprop;
 mod config_fields;
 pub mod decoder;
+pub mod experts;
 pub mod export;
 pub mod freeze;
 pub mod gguf;

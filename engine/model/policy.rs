@@ -7,7 +7,8 @@
 use rft_kernels::{Act, AttnShape, Pool, Rope, Write, add_bias, linear, linear_dx};
 
 use crate::config::{LoraConfig, ModelConfig, NewModelConfig, Precision};
-use crate::error::{EngineError, Result};
+use crate::error::Result;
+use crate::model::experts::ExpertSlots;
 use crate::model::freeze::{Candidate, trained_names};
 use crate::model::lora::{Adapter, LoraScratch};
 use crate::model::params::{Arena, Part, Shape, SlotId};
@@ -47,10 +48,18 @@ pub struct LayerSlots {
     pub mlp_norm: SlotId,
     /// Norm of the feed-forward output (sandwich norms).
     pub post_mlp_norm: Option<SlotId>,
-    /// Weights by [`Projection`].
-    pub weight: [SlotId; 4],
+    /// Weights by [`Projection`]; a mixture has none of the feed-forward's.
+    pub weight: [Option<SlotId>; 4],
     /// Biases by [`Projection`].
     pub bias: [Option<SlotId>; 4],
+    /// The feed-forward's mixture, where it is one.
+    pub experts: Option<ExpertSlots>,
+}
+
+impl LayerSlots {
+    fn dense(&self, projection: Projection) -> SlotId {
+        self.weight[projection as usize].expect("a mixture's layer has no dense feed-forward")
+    }
 }
 
 /// Slots of the whole decoder.
@@ -184,19 +193,37 @@ fn layout(spec: &ModelSpec) -> (Vec<(Shape, Vec<Part>)>, ModelSlots) {
                     ["gate", "up"].map(|p| (at(&format!("mlp.{p}_proj.{what}")), ffn)).to_vec()
                 }
             };
-            let weight = [
-                add(matrix(q + 2 * kv, hidden), qkv_parts("weight")),
-                add(matrix(hidden, q), one("self_attn.o_proj.weight", hidden)),
-                add(matrix(2 * ffn, hidden), gate_up_parts("weight")),
-                add(matrix(hidden, ffn), one("mlp.down_proj.weight", hidden)),
+            let moe = spec.moe.as_ref().filter(|_| spec.layer_specs[l].experts);
+            let mut weight = [
+                Some(add(matrix(q + 2 * kv, hidden), qkv_parts("weight"))),
+                Some(add(matrix(hidden, q), one("self_attn.o_proj.weight", hidden))),
+                None,
+                None,
             ];
+            if moe.is_none() {
+                weight[2] = Some(add(matrix(2 * ffn, hidden), gate_up_parts("weight")));
+                weight[3] = Some(add(matrix(hidden, ffn), one("mlp.down_proj.weight", hidden)));
+            }
+            let experts = moe.map(|moe| {
+                let names = moe.names;
+                let at = |e: usize, part: &str| at(&format!("{}.experts.{e}.{part}.weight", names.block));
+                let router = format!("{}.gate.weight", names.block);
+                let router = add(matrix(moe.experts, hidden), one(&router, moe.experts));
+                let (mut gate_up, mut down) = (Vec::new(), Vec::new());
+                for e in 0..moe.experts {
+                    let parts = [names.gate, names.up].map(|part| (at(e, part), moe.ffn)).to_vec();
+                    gate_up.push(add(matrix(2 * moe.ffn, hidden), parts));
+                    down.push(add(matrix(hidden, moe.ffn), vec![(at(e, names.down), hidden)]));
+                }
+                ExpertSlots { router, gate_up, down }
+            });
             let bias = [
                 spec.qkv_bias.then(|| add(Shape::Vector(q + 2 * kv), qkv_parts("bias"))),
                 spec.o_bias.then(|| add(Shape::Vector(hidden), one("self_attn.o_proj.bias", hidden))),
                 spec.mlp_bias.then(|| add(Shape::Vector(2 * ffn), gate_up_parts("bias"))),
                 spec.mlp_bias.then(|| add(Shape::Vector(hidden), one("mlp.down_proj.bias", hidden))),
             ];
-            LayerSlots { attn_norm, qk_norm, post_attn_norm, mlp_norm, post_mlp_norm, weight, bias }
+            LayerSlots { attn_norm, qk_norm, post_attn_norm, mlp_norm, post_mlp_norm, weight, bias, experts }
         })
         .collect();
     let final_norm = add(Shape::Vector(hidden), vec![("model.norm.weight".into(), hidden)]);
@@ -220,13 +247,6 @@ impl Policy {
     /// # Errors
     /// Missing or misshapen tensors by name; an adapter target that does not exist.
     pub fn load(source: &ModelSource, lora: Option<&LoraConfig>, seed: u64) -> Result<Self> {
-        if source.spec().moe.is_some() {
-            return Err(EngineError::Model(format!(
-                "{}: mixtures of experts are read but not computed yet; {} has them",
-                source.path().display(),
-                source.spec().architecture
-            )));
-        }
         // a config that lies about sizes must not decide how much is allocated
         for (shape, parts) in layout(source.spec()).0 {
             for part in parts {
@@ -257,7 +277,11 @@ impl Policy {
             .slots
             .layers
             .iter()
-            .flat_map(|l| [l.weight[Projection::O as usize], l.weight[Projection::Down as usize]])
+            .flat_map(|l| {
+                let dense = [l.weight[Projection::O as usize], l.weight[Projection::Down as usize]];
+                let experts = l.experts.iter().flat_map(|e| e.down.iter().copied());
+                dense.into_iter().flatten().chain(experts)
+            })
             .collect();
         let biases: Vec<SlotId> =
             policy.slots.layers.iter().flat_map(|l| l.bias.into_iter().flatten()).collect();
@@ -394,7 +418,7 @@ impl Policy {
 
     fn projection_of(&self, id: SlotId) -> Option<(usize, Projection)> {
         self.slots.layers.iter().enumerate().find_map(|(layer, slots)| {
-            let at = slots.weight.iter().position(|&w| w == id)?;
+            let at = slots.weight.iter().position(|&w| w == Some(id))?;
             Some((layer, Projection::ALL[at]))
         })
     }
@@ -423,8 +447,10 @@ impl<'a> Weights<'a> {
             let norms =
                 [Some(layer.attn_norm), layer.post_attn_norm, Some(layer.mlp_norm), layer.post_mlp_norm];
             let head_norms = layer.qk_norm.into_iter().flat_map(|(q, k)| [q, k]);
-            let slots = norms.into_iter().chain(layer.bias).flatten().chain(layer.weight).chain(head_norms);
-            slots.into_iter().any(|id| self.base.grad_range(id).is_some())
+            let experts =
+                layer.experts.iter().flat_map(|e| e.gate_up.iter().chain(&e.down).copied().chain([e.router]));
+            let dense = norms.into_iter().chain(layer.bias).chain(layer.weight).flatten();
+            dense.chain(head_norms).chain(experts).any(|id| self.base.grad_range(id).is_some())
         };
         self.slots.layers.iter().position(trains).unwrap_or(self.spec.layers)
     }
@@ -465,7 +491,7 @@ impl<'a> Weights<'a> {
         scratch: &mut ProjectScratch,
     ) {
         let slots = &self.slots.layers[layer];
-        let weight = self.base.matrix(slots.weight[projection as usize]);
+        let weight = self.base.matrix(slots.dense(projection));
         let m = x.len() / weight.k;
         y.resize(m * weight.n, 0.0);
         linear(pool, x, m, weight, y, Write::Set);
@@ -491,7 +517,7 @@ impl<'a> Weights<'a> {
         scratch: &mut ProjectScratch,
     ) {
         let slots = &self.slots.layers[layer];
-        let id = slots.weight[projection as usize];
+        let id = slots.dense(projection);
         let weight = self.base.matrix(id);
         let m = x.len() / weight.k;
         dx.resize(m * weight.k, 0.0);

@@ -14,6 +14,7 @@ use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
 
+use super::experts::stacked;
 use super::export::ModelFiles;
 use super::gguf::Gguf;
 use super::gguf_names::GgufModel;
@@ -234,7 +235,7 @@ impl ModelSource {
     /// Whether the tensor is stored.
     pub fn has(&self, name: &str) -> bool {
         match &self.weights {
-            Weights::Safetensors { tensors, .. } => tensors.contains_key(name),
+            Weights::Safetensors { tensors, .. } => locate(tensors, name).is_some(),
             Weights::Gguf { model, .. } => model.find(name).is_some(),
         }
     }
@@ -250,7 +251,7 @@ impl ModelSource {
     /// Shape of a stored tensor, slowest dimension first.
     pub fn shape(&self, name: &str) -> Option<Vec<usize>> {
         match &self.weights {
-            Weights::Safetensors { tensors, .. } => tensors.get(name).map(|t| t.shape.clone()),
+            Weights::Safetensors { tensors, .. } => locate(tensors, name).map(|(_, shape, _)| shape),
             Weights::Gguf { model, .. } => model.find(name).map(|t| t.shape),
         }
     }
@@ -297,8 +298,8 @@ impl ModelSource {
         };
         match &self.weights {
             Weights::Safetensors { files, tensors } => {
-                let stored = &tensors[name];
-                let bytes = &files[stored.file].1[stored.bytes.clone()];
+                let (stored, _, bytes) = locate(tensors, name).expect("its shape was found");
+                let bytes = &files[stored.file].1[bytes];
                 widen(stored.dtype, bytes).ok_or_else(|| refuse(format!("{:?}", stored.dtype)))
             }
             Weights::Gguf { file, model } => {
@@ -390,6 +391,29 @@ fn shard_names(
         ));
     }
     Ok(names.into_iter().map(|n| folder.join(n)).collect())
+}
+
+/// A tensor with its shape and bytes, stored as itself or, for experts, inside the stack of transformers 5.
+fn locate<'a>(
+    tensors: &'a BTreeMap<String, Stored>,
+    name: &str,
+) -> Option<(&'a Stored, Vec<usize>, Range<usize>)> {
+    if let Some(stored) = tensors.get(name) {
+        return Some((stored, stored.shape.clone(), stored.bytes.clone()));
+    }
+    let Some(part) = stacked(name) else {
+        let stored = tensors.get(&name.replace(".block_sparse_moe.", ".mlp."))?;
+        return Some((stored, stored.shape.clone(), stored.bytes.clone()));
+    };
+    let stack = tensors.get(&part.name)?;
+    let &[experts, rows, width] = stack.shape.as_slice() else { return None };
+    let halves = if part.half.is_some() { 2 } else { 1 };
+    if part.expert >= experts || rows % halves != 0 {
+        return None;
+    }
+    let len = stack.bytes.len() / experts / halves;
+    let start = stack.bytes.start + len * (part.expert * halves + part.half.unwrap_or(0));
+    Some((stack, vec![rows / halves, width], start..start + len))
 }
 
 pub(super) fn read_safetensors(

@@ -49,6 +49,28 @@ pub struct MoeSpec {
     pub ffn: usize,
     /// Whether the chosen experts' probabilities are rescaled to sum 1.
     pub renormalise: bool,
+    /// What checkpoints call the experts' tensors.
+    pub names: ExpertNames,
+}
+
+/// Names of a mixture's tensors: `BLOCK.gate.weight`, `BLOCK.experts.E.GATE.weight`, …
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ExpertNames {
+    /// The feed-forward within its layer.
+    pub block: &'static str,
+    /// Gate of an expert.
+    pub gate: &'static str,
+    /// Up of an expert.
+    pub up: &'static str,
+    /// Down of an expert.
+    pub down: &'static str,
+}
+
+impl ExpertNames {
+    /// Qwen3-MoE's names.
+    pub const QWEN: Self = Self { block: "mlp", gate: "gate_proj", up: "up_proj", down: "down_proj" };
+    /// Mixtral's names.
+    pub const MIXTRAL: Self = Self { block: "block_sparse_moe", gate: "w1", up: "w3", down: "w2" };
 }
 
 /// A decoder-only transformer.
@@ -161,7 +183,7 @@ impl ModelSpec {
         let max_positions = f.size("max_position_embeddings")?;
         let attention_bias = f.flag("attention_bias", false)?;
         let (windows, rope_of, ropes) = layer_pattern(&f, arch, layers, head_dim, max_positions)?;
-        let moe = moe_spec(&f, arch)?;
+        let moe = moe_spec(&f, arch, layers)?;
         let dense = f.indices("mlp_only_layers", 0)?.unwrap_or_default();
         let sparse_step = f.size_or_none("decoder_sparse_step")?.unwrap_or(1);
         let layer_specs = (0..layers)
