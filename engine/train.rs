@@ -118,7 +118,7 @@ impl Run {
                         source.spec().max_positions
                     )));
                 }
-                (Policy::load(source, recipe.model.lora.as_ref(), recipe.seed)?, source.files()?)
+                (Policy::load_on(&pool, source, recipe.model.lora.as_ref(), recipe.seed)?, source.files()?)
             }
             (None, Some(shape)) => {
                 let eos = *tokenizer

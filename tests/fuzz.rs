@@ -189,8 +189,18 @@ fn fuzz_gguf() {
 
 #[test]
 fn fuzz_config() {
-    let families =
-        ["gemma", "gemma2", "gemma3", "llama_untied_rope3", "mistral_swa", "phi3", "qwen2_yarn", "smollm3"];
+    let families = [
+        "gemma",
+        "gemma2",
+        "gemma3",
+        "llama_untied_rope3",
+        "mistral_swa",
+        "mixtral",
+        "phi3",
+        "qwen2_yarn",
+        "qwen3_moe",
+        "smollm3",
+    ];
     let configs: Vec<(tempfile::TempDir, Value)> = families
         .iter()
         .flat_map(|f| ["config.json", "config_v4.json"].map(|c| format!("models/{f}/{c}")))

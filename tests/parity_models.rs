@@ -11,9 +11,9 @@ use rft_engine::model::backprop::Trainer;
 use rft_engine::model::decoder::PagedDecoder;
 use rft_engine::model::policy::{Grads, Policy};
 use rft_engine::model::source::ModelSource;
-use rft_engine::rollout::{Request, RolloutEngine, RolloutKey, SamplingConfig};
+use rft_engine::rollout::{PagedBatch, PagedModel, Request, RolloutEngine, RolloutKey, SamplingConfig};
 use rft_engine::types::{PolicyVersion, Prompt};
-use rft_kernels::{Pool, Warp};
+use rft_kernels::{BLOCK, PagedRun, Pool, Warp};
 use serde_json::Value;
 
 /// Tolerances of the fixtures' README: two correct f32 implementations differ by about 1e-6 relative.
@@ -77,6 +77,23 @@ fn gradient(pool: &Pool, policy: &Policy, golden: &Golden, sequences: usize) -> 
     }
     trainer.finish(pool, &policy.weights(), &mut grads);
     (loss, grads)
+}
+
+/// Logits `[n, vocab]` of every position, as the sampler sees them.
+fn logits(pool: &Pool, policy: &Policy, tokens: &[u32]) -> Vec<f32> {
+    let n = tokens.len();
+    let mut model = PagedDecoder::new(policy.weights());
+    let blocks = n.div_ceil(BLOCK);
+    let mut cache = model.new_cache(blocks);
+    let table: Vec<u32> = (0..blocks as u32).collect();
+    let positions: Vec<u32> = (0..n as u32).collect();
+    let runs = [PagedRun { row: 0, rows: n, first_pos: 0, table: &table }];
+    let select: Vec<usize> = (0..n).collect();
+    let batch = PagedBatch { tokens, positions: &positions, slots: &positions, runs: &runs, select: &select };
+    model.forward(pool, &mut cache, &batch);
+    let mut logits = Vec::new();
+    model.logits(pool, 0..n, &mut logits);
+    logits
 }
 
 fn greedy(
@@ -166,6 +183,9 @@ fn parity_models_agree_with_transformers() {
         for i in 0..sequences {
             let at = |what: &str| format!("seq{i}.{what}");
             let tokens = ids(&golden, &at("input_ids"));
+            let (found, expected) = (logits(&pool, &policy, &tokens), floats(&golden, &at("logits")));
+            // of the longest sequence the last position only
+            check(at("logits"), excess(&found[found.len() - expected.len()..], &expected, FORWARD));
             let (logprobs, entropies) = scores(&mut trainer, &pool, &policy, &tokens, 1.0);
             check(at("logprobs"), excess(&logprobs, &floats(&golden, &at("logprobs")), FORWARD));
             let expected = floats(&golden, &at("entropy"));
@@ -207,4 +227,41 @@ fn parity_models_agree_with_transformers() {
     }
     println!("{models} models, {checks} comparisons agree");
     assert!(models > 0, "no model under {}", folder.display());
+}
+
+#[test]
+fn parity_models_in_bf16_stay_within_the_measured_distance() {
+    let pool = Pool::new(2);
+    let (mut sequences, mut folders) = (0, 0);
+    for dir in std::fs::read_dir(root().join("models")).unwrap().map(|e| e.unwrap().path()) {
+        let manifest: Value =
+            serde_json::from_slice(&std::fs::read(dir.join("golden.json")).unwrap()).unwrap();
+        let golden = safetensors::load(dir.join("golden.safetensors"), &Device::Cpu).unwrap();
+        if manifest.get("cases").is_some() || !golden.contains_key("seq0.logits_bf16") {
+            continue;
+        }
+        let mut policy = Policy::load(&ModelSource::open(&dir).unwrap(), None, 0).unwrap();
+        policy.prepare(&pool, 256, Precision::Bf16);
+        for i in (0..).take_while(|i| golden.contains_key(&format!("seq{i}.logits_bf16"))) {
+            let at = |what: &str| format!("seq{i}.{what}");
+            let found = logits(&pool, &policy, &ids(&golden, &at("input_ids")));
+            let expected = floats(&golden, &at("logits"));
+            let off: Vec<f64> = found.iter().zip(&expected).map(|(f, e)| f64::from((f - e).abs())).collect();
+            let (mean, max) =
+                (off.iter().sum::<f64>() / off.len() as f64, off.iter().copied().fold(0.0, f64::max));
+            let stated = |what: &str| manifest["measured_noise"][at(what)].as_f64().unwrap();
+            let (stated_mean, stated_max) =
+                (stated("bf16_vs_f32_logits_mean_abs"), stated("bf16_vs_f32_logits_max_abs"));
+            println!(
+                "{} seq{i}: mean {mean:.5} of {stated_mean:.5}, max {max:.5} of {stated_max:.5}",
+                dir.display()
+            );
+            assert!(mean <= stated_mean && max <= stated_max, "{} seq{i}", dir.display());
+            assert!(mean > 0.0, "this is not bf16");
+            sequences += 1;
+        }
+        folders += 1;
+    }
+    println!("{folders} models, {sequences} sequences in bf16 lie within the stated distance");
+    assert!(folders > 0 || std::env::var_os("RFT_FIXTURES").is_some());
 }

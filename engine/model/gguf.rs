@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use half::{bf16, f16};
+use half::f16;
 
 /// Most dimensions of a tensor.
 const MAX_DIMS: usize = 4;
@@ -100,7 +100,7 @@ impl GgmlType {
     }
 
     /// Elements and bytes of one block.
-    fn block(self) -> (usize, usize) {
+    pub(super) fn block(self) -> (usize, usize) {
         match self {
             Self::F32 => (1, 4),
             Self::F16 | Self::Bf16 => (1, 2),
@@ -335,17 +335,32 @@ impl Gguf {
 /// Appends the numbers stored in `bytes` (whole blocks) to `out`.
 pub fn dequantise(kind: GgmlType, bytes: &[u8], out: &mut Vec<f32>) {
     let (per_block, block_bytes) = kind.block();
-    out.reserve(bytes.len() / block_bytes * per_block);
+    let from = out.len();
+    out.resize(from + bytes.len() / block_bytes * per_block, 0.0);
+    dequantise_into(kind, bytes, &mut out[from..]);
+}
+
+/// The numbers stored in `bytes` (whole blocks), as many as `out` holds.
+pub(super) fn dequantise_into(kind: GgmlType, bytes: &[u8], out: &mut [f32]) {
+    let (per_block, block_bytes) = kind.block();
     match kind {
-        GgmlType::F32 => out.extend(bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b))),
-        GgmlType::F16 => out.extend(bytes.as_chunks::<2>().0.iter().map(|b| f16::from_le_bytes(*b).to_f32())),
+        GgmlType::F32 => {
+            for (out, b) in out.iter_mut().zip(bytes.as_chunks::<4>().0) {
+                *out = f32::from_le_bytes(*b);
+            }
+        }
+        GgmlType::F16 => {
+            for (out, b) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
+                *out = f16::from_le_bytes(*b).to_f32();
+            }
+        }
         GgmlType::Bf16 => {
-            out.extend(bytes.as_chunks::<2>().0.iter().map(|b| bf16::from_le_bytes(*b).to_f32()))
+            for (out, b) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
+                *out = f32::from_bits(u32::from(u16::from_le_bytes(*b)) << 16);
+            }
         }
         _ => {
-            let mut block = [0f32; 256];
-            for b in bytes.chunks_exact(block_bytes) {
-                let y = &mut block[..per_block];
+            for (b, y) in bytes.chunks_exact(block_bytes).zip(out.chunks_exact_mut(per_block)) {
                 match kind {
                     GgmlType::Q8_0 => q8_0(b, y),
                     GgmlType::Q4_0 => small(b, y, Small { min: false, high: false }),
@@ -356,7 +371,6 @@ pub fn dequantise(kind: GgmlType, bytes: &[u8], out: &mut Vec<f32>) {
                     GgmlType::Q5_K => super_block(b, Some(16..48), 48, y),
                     _ => q6_k(b, y),
                 }
-                out.extend_from_slice(y);
             }
         }
     }

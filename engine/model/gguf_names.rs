@@ -18,6 +18,7 @@ use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::tokenizer::normalizer::SplitDelimiterBehavior;
 
 use super::gguf::{Gguf, GgufTensor, Meta, dequantise};
+use super::rows::{Place, RowOrder};
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{EngineError, Result};
 
@@ -323,29 +324,27 @@ impl GgufModel {
         names
     }
 
-    /// A tensor's numbers; the file's code of a storage type that is not read as the error.
-    pub(super) fn tensor(&self, name: &str, file: &[u8]) -> std::result::Result<Vec<f32>, u32> {
+    /// Where a tensor lies; the file's code of a storage type that is not read as the error.
+    pub(super) fn place(&self, name: &str) -> std::result::Result<Place, u32> {
         let found = self.find(name).expect("the caller has looked it up");
-        let kind = found.stored.kind?;
-        let mut bytes = &file[found.stored.bytes.clone()];
-        if let Change::Expert(e) = found.change {
-            let one = bytes.len() / found.stored.shape[0];
-            bytes = &bytes[e * one..(e + 1) * one];
-        }
-        let mut out = vec![];
-        dequantise(kind, bytes, &mut out);
+        let (kind, mut bytes) = (found.stored.kind?, found.stored.bytes.clone());
+        let mut order = RowOrder::Same;
         match found.change {
-            Change::None | Change::Expert(_) => {}
-            Change::MinusOne => out.iter_mut().for_each(|w| *w -= 1.0),
+            Change::None | Change::MinusOne => {}
+            Change::Expert(e) => {
+                let one = bytes.len() / found.stored.shape[0];
+                bytes = bytes.start + e * one..bytes.start + (e + 1) * one;
+            }
             Change::Unrotate { heads } => {
                 let rows = found.shape[0];
                 // A shape that does not divide is left as it is; the config's shape check has refused it already.
                 if rows > 0 && heads > 0 && rows.is_multiple_of(2 * heads) {
-                    out = unrotate(&out, heads, rows / heads, out.len() / rows);
+                    order = RowOrder::Unrotate { head: rows / heads };
                 }
             }
         }
-        Ok(out)
+        let add = if matches!(found.change, Change::MinusOne) { -1.0 } else { 0.0 };
+        Ok(Place { kind, bytes, shape: found.shape, order, add })
     }
 
     /// GGUF name of a Hugging Face name, and the expert where it is one of a stack.
@@ -543,17 +542,6 @@ fn expert_part(part: &str) -> Option<(&str, usize, &str)> {
     let (block, rest) = part.split_once(".experts.")?;
     let (expert, matrix) = rest.split_once('.')?;
     Some((block, expert.parse().ok()?, matrix))
-}
-
-/// Rows `heads * width` of `row` numbers: row (h, pair, half) of the file is row (h, half, pair) of the result.
-fn unrotate(stored: &[f32], heads: usize, width: usize, row: usize) -> Vec<f32> {
-    let mut out = vec![0.0; stored.len()];
-    for (r, values) in stored.chunks_exact(row.max(1)).enumerate().take(heads * width) {
-        let (head, at) = (r / width, r % width);
-        let to = head * width + at % 2 * (width / 2) + at / 2;
-        out[to * row..(to + 1) * row].copy_from_slice(values);
-    }
-    out
 }
 
 /// The published `llama3` scaling that gives these divisors of the frequencies.

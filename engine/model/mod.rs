@@ -13,5 +13,6 @@ pub mod params;
 pub mod peft;
 pub mod policy;
 pub mod rope;
+mod rows;
 pub mod source;
 pub mod spec;

@@ -12,6 +12,7 @@ use crate::model::experts::ExpertSlots;
 use crate::model::freeze::{Candidate, trained_names};
 use crate::model::lora::{Adapter, LoraScratch};
 use crate::model::params::{Arena, Part, Shape, SlotId};
+use crate::model::rows::fill_slot;
 use crate::model::source::ModelSource;
 use crate::model::spec::{Activation, ModelSpec};
 use crate::rng::{Purpose, Stream};
@@ -247,6 +248,14 @@ impl Policy {
     /// # Errors
     /// Missing or misshapen tensors by name; an adapter target that does not exist.
     pub fn load(source: &ModelSource, lora: Option<&LoraConfig>, seed: u64) -> Result<Self> {
+        Self::load_on(&Pool::new(1), source, lora, seed)
+    }
+
+    /// As [`Policy::load`], on all threads of a pool.
+    ///
+    /// # Errors
+    /// As [`Policy::load`].
+    pub fn load_on(pool: &Pool, source: &ModelSource, lora: Option<&LoraConfig>, seed: u64) -> Result<Self> {
         // a config that lies about sizes must not decide how much is allocated
         for (shape, parts) in layout(source.spec()).0 {
             for part in parts {
@@ -258,7 +267,7 @@ impl Policy {
         }
         let mut policy = Self::with_spec(source.spec().clone(), lora.is_none());
         for id in 0..policy.base.slots().len() {
-            policy.base.load_slot(id, |name, shape| source.tensor(name, shape))?;
+            fill_slot(pool, source, &mut policy.base, id)?;
         }
         if let Some(config) = lora {
             policy.adapter = Some(Adapter::new(&policy.spec, config, seed)?);

@@ -1,7 +1,7 @@
 //! A model on disk: a Hugging Face folder (safetensors, single or sharded) or a GGUF file.
 //!
-//! [`ModelSource::open`] maps the files and checks their headers; [`ModelSource::tensor`] widens one tensor at a
-//! time, so nothing is held twice. Tensors go by their Hugging Face names whatever the file. What is wrong with
+//! [`ModelSource::open`] checks the files' headers; their numbers are mapped piece by piece as they are wanted, so
+//! nothing is held twice. Tensors go by their Hugging Face names whatever the file. What is wrong with
 //! a file is an error that names the file, the tensor, what was expected and what was found.
 
 use std::collections::{BTreeMap, HashMap};
@@ -10,14 +10,15 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
-use memmap2::Mmap;
+use memmap2::{Mmap, MmapOptions};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
 
 use super::experts::stacked;
 use super::export::ModelFiles;
-use super::gguf::Gguf;
+use super::gguf::{GgmlType, Gguf};
 use super::gguf_names::GgufModel;
+use super::rows::{Place, RowOrder, StoredRows};
 use super::spec::ModelSpec;
 use crate::data::template::ChatTemplate;
 use crate::data::tokenizer::{Tokenizer, read_object};
@@ -32,8 +33,8 @@ pub struct ModelSource {
 }
 
 enum Weights {
-    Safetensors { files: Vec<(PathBuf, Mmap)>, tensors: BTreeMap<String, Stored> },
-    Gguf { file: Mmap, model: Box<GgufModel> },
+    Safetensors { files: Vec<(PathBuf, File)>, tensors: BTreeMap<String, Stored> },
+    Gguf { file: File, model: Box<GgufModel> },
 }
 
 /// Where one safetensors tensor lies.
@@ -108,9 +109,9 @@ impl ModelSource {
         let mut files = vec![];
         let mut tensors = BTreeMap::new();
         for name in names {
-            let map = map_file(&name)?;
+            let (file, map) = open_mapped(&name)?;
             read_safetensors(&name, &map, files.len(), &mut tensors)?;
-            files.push((name, map));
+            files.push((name, file));
         }
         if let Some(map) = index.as_ref().and_then(|i| i.get("weight_map")).and_then(Value::as_object) {
             for (tensor, file) in map {
@@ -135,10 +136,10 @@ impl ModelSource {
                 "not a .gguf file\nhint: for safetensors, name the folder that holds config.json",
             ));
         }
-        let file = map_file(path)?;
+        let (file, map) = open_mapped(path)?;
         let parsed =
-            Gguf::parse(&file).map_err(|(place, message)| EngineError::malformed(path, place, message))?;
-        let model = GgufModel::new(parsed, &file)
+            Gguf::parse(&map).map_err(|(place, message)| EngineError::malformed(path, place, message))?;
+        let model = GgufModel::new(parsed, &map)
             .map_err(|(place, message)| EngineError::malformed(path, place, message))?;
         let config = model.config().clone();
         let spec = ModelSpec::from_config_json(&config)
@@ -286,6 +287,11 @@ impl ModelSource {
     /// # Errors
     /// A missing tensor, another shape, or a storage type that is not read; each names the tensor.
     pub fn tensor(&self, name: &str, expect: &[usize]) -> Result<Vec<f32>> {
+        self.rows(name, expect)?.read().map_err(|e| self.read_error(e))
+    }
+
+    /// One tensor of exactly the shape `expect`, to be read by rows.
+    pub(super) fn rows(&self, name: &str, expect: &[usize]) -> Result<StoredRows<'_>> {
         self.expect(name, expect)?;
         let refuse = |found: String| {
             EngineError::malformed(
@@ -298,14 +304,26 @@ impl ModelSource {
         };
         match &self.weights {
             Weights::Safetensors { files, tensors } => {
-                let (stored, _, bytes) = locate(tensors, name).expect("its shape was found");
-                let bytes = &files[stored.file].1[bytes];
-                widen(stored.dtype, bytes).ok_or_else(|| refuse(format!("{:?}", stored.dtype)))
+                let (stored, shape, bytes) = locate(tensors, name).expect("its shape was found");
+                let kind = match stored.dtype {
+                    Dtype::F32 => GgmlType::F32,
+                    Dtype::BF16 => GgmlType::Bf16,
+                    Dtype::F16 => GgmlType::F16,
+                    other => return Err(refuse(format!("{other:?}"))),
+                };
+                let place = Place { kind, bytes, shape, order: RowOrder::Same, add: 0.0 };
+                Ok(StoredRows { file: &files[stored.file].1, place })
             }
             Weights::Gguf { file, model } => {
-                model.tensor(name, file).map_err(|code| refuse(format!("ggml type {code}")))
+                let place = model.place(name).map_err(|code| refuse(format!("ggml type {code}")))?;
+                Ok(StoredRows { file, place })
             }
         }
+    }
+
+    /// A file that could be opened and cannot be mapped.
+    pub(super) fn read_error(&self, e: std::io::Error) -> EngineError {
+        EngineError::io(&self.path)(e)
     }
 }
 
@@ -344,13 +362,25 @@ fn with_extension(folder: &Path, extension: &str) -> Result<Vec<PathBuf>> {
     Ok(found)
 }
 
-/// Maps a file read-only.
-#[allow(unsafe_code)]
-pub(super) fn map_file(path: &Path) -> Result<Mmap> {
+/// Opens a file and maps all of it.
+fn open_mapped(path: &Path) -> Result<(File, Mmap)> {
     let file = File::open(path).map_err(EngineError::io(path))?;
+    let len = file.metadata().map_err(EngineError::io(path))?.len() as usize;
+    let map = map_range(&file, 0..len).map_err(EngineError::io(path))?;
+    Ok((file, map))
+}
+
+/// Maps a file read-only.
+pub(super) fn map_file(path: &Path) -> Result<Mmap> {
+    open_mapped(path).map(|(_, map)| map)
+}
+
+/// Maps a part of a file read-only.
+#[allow(unsafe_code)]
+pub(super) fn map_range(file: &File, bytes: Range<usize>) -> std::io::Result<Mmap> {
     // SAFETY: the map is private and read-only and every use is bounds-checked against its length; a file that
     // another process shortens meanwhile ends this one with SIGBUS, as for any program that maps its weights.
-    unsafe { Mmap::map(&file) }.map_err(EngineError::io(path))
+    unsafe { MmapOptions::new().offset(bytes.start as u64).len(bytes.len()).map(file) }
 }
 
 /// The distinct files of an index, all present and inside the folder.

@@ -5,6 +5,7 @@
 
 use crate::pool::Pool;
 use crate::shared::Shared;
+use crate::simd::{LANES, simd_fn};
 
 /// Outputs in a panel.
 pub const PANEL: usize = 32;
@@ -18,11 +19,28 @@ pub fn panels_len(n: usize, k: usize) -> usize {
 pub fn pack_panels(rows: &[f32], n: usize, k: usize, panels: &mut [f32]) {
     assert_eq!(rows.len(), n * k, "rows are [n, k]");
     assert_eq!(panels.len(), panels_len(n, k), "panels of [n, k]");
-    for (p, panel) in panels.chunks_exact_mut((PANEL * k).max(1)).enumerate() {
-        for lane in 0..PANEL {
-            let i = p * PANEL + lane;
-            for j in 0..k {
-                panel[j * PANEL + lane] = if i < n { rows[i * k + j] } else { 0.0 };
+    if k == 0 {
+        return;
+    }
+    for (rows, panel) in rows.chunks(PANEL * k).zip(panels.chunks_exact_mut(PANEL * k)) {
+        pack_panel(rows, k, panel);
+    }
+}
+
+simd_fn! {
+    /// Packs up to 32 rows of k into one panel.
+    fn pack_panel<S>(rows: &[f32], k: usize, panel: &mut [f32]) {
+        let n = rows.len() / k;
+        for first in [0, LANES] {
+            for j in (0..k).step_by(LANES) {
+                let mut block = [S::splat(0.0); LANES];
+                for (row, block) in (first..n).zip(&mut block) {
+                    *block = S::load(&rows[row * k + j..(row + 1) * k]);
+                }
+                S::transpose(&mut block);
+                for (column, block) in (j..k).zip(block) {
+                    S::store(block, &mut panel[column * PANEL + first..][..LANES]);
+                }
             }
         }
     }
