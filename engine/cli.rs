@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::{Args, Parser, Subcommand};
 use rft_kernels::{BLOCK, Pool};
+use rft_rewards::{RewardSpec, Source};
 use serde_json::{Map, Value, json};
 
 use crate::bench::BenchCommand;
@@ -63,6 +64,11 @@ pub enum Command {
     #[command(after_help = "Example:
   rft-engine score --reward math --reward my_reward.lua --data runs/math/samples.jsonl")]
     Score(ScoreArgs),
+    /// Lint and fuzz a reward before training: range, determinism, inputs that are paid for nothing, cost a call.
+    #[command(after_help = "Examples:
+  rft-engine verify --reward my_reward.lua --data data/train.jsonl
+  rft-engine verify --reward math --json")]
+    Verify(VerifyArgs),
     /// Write a run's model as a Hugging Face folder, or its adapter as a PEFT folder.
     #[command(after_help = "Examples:
   rft-engine export --run runs/math --out exported
@@ -243,6 +249,23 @@ pub struct ScoreArgs {
     pub total_steps: u64,
 }
 
+/// Flags of `verify`.
+#[derive(Debug, Args)]
+pub struct VerifyArgs {
+    /// Verifier: a shipped one's name or a .lua file; may be repeated.
+    #[arg(long, required = true)]
+    pub reward: Vec<String>,
+    /// JSONL rows to try it on: data rows, or stored completions; without it the script's own NAME.cases.jsonl.
+    #[arg(long)]
+    pub data: Option<PathBuf>,
+    /// `ctx.options` of the script, as JSON.
+    #[arg(long, value_name = "JSON")]
+    pub options: Option<String>,
+    /// One JSON object a script in place of text.
+    #[arg(long)]
+    pub json: bool,
+}
+
 /// Flags of `export`.
 #[derive(Debug, Args)]
 pub struct ExportArgs {
@@ -287,6 +310,7 @@ pub fn run() -> Result<()> {
         Command::Generate(args) => generate(&args),
         Command::Logprobs(args) => logprobs(&args),
         Command::Score(args) => score(&args),
+        Command::Verify(args) => verify(&args),
         Command::Export(args) => export(&args),
         Command::Report(args) => crate::report::html::write(&args.run),
         Command::Bench(args) => crate::bench::run(&args.command, &mut |json, text| match args.json {
@@ -622,6 +646,48 @@ fn devices() -> Result<()> {
     println!("cpu   {cores} cores, kernels for {}", rft_kernels::isa().name());
     println!("cuda  not built in: this build has CPU kernels only");
     Ok(())
+}
+
+fn verify(args: &VerifyArgs) -> Result<()> {
+    let data = args.data.as_deref().map(read_jsonl).transpose()?;
+    let options: Map<String, Value> = match &args.options {
+        Some(text) => serde_json::from_str(text)
+            .map_err(|e| EngineError::Config(format!("--options must be a JSON object: {e}")))?,
+        None => Map::new(),
+    };
+    let mut failed = Vec::new();
+    for name in &args.reward {
+        let script = rft_rewards::resolve(name).map_err(|e| EngineError::Reward(e.to_string()))?;
+        let rows = match &data {
+            Some(rows) => rows.clone(),
+            None => own_cases(&script)?,
+        };
+        let spec = RewardSpec { options: options.clone(), ..RewardSpec::new(script) };
+        let report = rft_rewards::verify::verify(&spec, &rows);
+        if args.json {
+            print_line(&serde_json::to_value(&report).map_err(|e| EngineError::Reward(e.to_string()))?)?;
+        } else {
+            writeln!(std::io::stdout().lock(), "{report}").map_err(EngineError::io("standard output"))?;
+        }
+        if !report.passed() {
+            failed.push(name.as_str());
+        }
+    }
+    if failed.is_empty() {
+        return Ok(());
+    }
+    Err(EngineError::Reward(format!("{} did not pass", failed.join(", "))))
+}
+
+/// The cases that stand beside a script: `NAME.cases.jsonl`; none where there is no such file.
+fn own_cases(script: &rft_rewards::Script) -> Result<Vec<Row>> {
+    let path = match script.source() {
+        Source::Shipped(name) => {
+            return Ok(rft_rewards::shipped_cases(name));
+        }
+        Source::File(path) => path.with_extension("cases.jsonl"),
+    };
+    if path.is_file() { read_jsonl(&path) } else { Ok(Vec::new()) }
 }
 
 fn score(args: &ScoreArgs) -> Result<()> {

@@ -1,7 +1,8 @@
 -- Intersection over union of the first box [x1, y1, x2, y2] in the completion with `box` of the row (same coordinates).
 -- No box, or an inverted one, is 0; abstains without a gold box.
-local NUMBER = "(-?\\d+(?:\\.\\d+)?)"
-local BOX = "\\[\\s*" .. NUMBER .. "\\s*,\\s*" .. NUMBER .. "\\s*,\\s*" .. NUMBER .. "\\s*,\\s*" .. NUMBER .. "\\s*\\]"
+-- ASCII digits and blanks only: a pattern of all of Unicode's is too large for long texts
+local NUMBER = "[ \\t\\r\\n]*(-?[0-9]+(?:\\.[0-9]+)?)[ \\t\\r\\n]*"
+local BOX = "\\[" .. NUMBER .. "," .. NUMBER .. "," .. NUMBER .. "," .. NUMBER .. "\\]"
 
 function reward(sample, ctx)
   if sample.box == nil then return nil end

@@ -6,6 +6,7 @@
 //! call tripped a limit is thrown away.
 
 use std::cell::RefCell;
+use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
 
@@ -34,6 +35,16 @@ pub(crate) struct Sandbox {
     limits: Limits,
     options: serde_json::Map<String, serde_json::Value>,
     vm: RefCell<Option<Vm>>,
+    watch: Option<Rc<RefCell<Seen>>>,
+}
+
+/// What a watched script did beside scoring.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Seen {
+    /// Fields that it read and the sample did not have.
+    pub(crate) absent_fields: BTreeSet<String>,
+    /// Globals that calls wrote.
+    pub(crate) globals: BTreeSet<String>,
 }
 
 struct Vm {
@@ -56,13 +67,41 @@ pub(crate) fn check(script: &Script) -> Result<(), RewardError> {
     })
 }
 
+/// Whether the scripts' library has `rft.GROUP` or `rft.GROUP.FUNCTION`.
+pub(crate) fn knows(group: &str, function: Option<&str>) -> bool {
+    let look = || -> Result<bool, LuaError> {
+        let (lua, _) = bare(&Limits::default(), true)?;
+        let rft: Table = lua.globals().get("rft")?;
+        Ok(match (rft.get::<Value>(group)?, function) {
+            (Value::Nil, _) => false,
+            (Value::Table(table), Some(name)) => !table.get::<Value>(name)?.is_nil(),
+            _ => true,
+        })
+    };
+    look().unwrap_or(true)
+}
+
 impl Sandbox {
     pub(crate) fn new(
         script: Script,
         limits: Limits,
         options: serde_json::Map<String, serde_json::Value>,
     ) -> Self {
-        Self { script, limits, options, vm: RefCell::new(None) }
+        Self { script, limits, options, vm: RefCell::new(None), watch: None }
+    }
+
+    /// A sandbox that notes what [`Seen`] lists.
+    pub(crate) fn watching(
+        script: Script,
+        limits: Limits,
+        options: serde_json::Map<String, serde_json::Value>,
+    ) -> Self {
+        Self { watch: Some(Rc::default()), ..Self::new(script, limits, options) }
+    }
+
+    /// What was noted so far.
+    pub(crate) fn watched(&self) -> Seen {
+        self.watch.as_ref().map(|seen| seen.borrow().clone()).unwrap_or_default()
     }
 
     /// Scores a group: one call of `reward_group`, or one of `reward` a sample.
@@ -72,9 +111,11 @@ impl Sandbox {
             let Some(function) = env.get::<Option<Function>>("reward_group")? else { return Ok(None) };
             let list = vm.lua.create_table()?;
             for sample in samples {
-                list.push(vm.sample(sample)?)?;
+                list.push(self.sample(vm, sample)?)?;
             }
+            let before = self.globals(&env)?;
             let returned: Value = function.call((list, vm.context(samples, context, &self.options)?))?;
+            self.note_globals(&env, &before)?;
             read_group(returned, samples.len()).map(Some)
         });
         match whole {
@@ -87,12 +128,48 @@ impl Sandbox {
     fn score_one(&self, sample: &[Sample], context: &Context) -> Result<Returned, RewardError> {
         let key = self.key(sample, u64::from(sample[0].sample), context);
         let answer = self.with_vm(key, |vm| {
-            let function: Function = vm.environment(&self.script)?.get("reward")?;
+            let env = vm.environment(&self.script)?;
+            let function: Function = env.get("reward")?;
+            let before = self.globals(&env)?;
             let returned: MultiValue =
-                function.call((vm.sample(&sample[0])?, vm.context(sample, context, &self.options)?))?;
+                function.call((self.sample(vm, &sample[0])?, vm.context(sample, context, &self.options)?))?;
+            self.note_globals(&env, &before)?;
             Ok(read_reward(returned.into_iter().next().unwrap_or(Value::Nil)))
         })?;
         answer.map_err(|e| self.wrong(e))
+    }
+
+    /// The sample's table; a watched one notes reads of fields that it lacks.
+    fn sample(&self, vm: &Vm, sample: &Sample) -> Result<Table, LuaError> {
+        let table = vm.sample(sample)?;
+        if let Some(seen) = &self.watch {
+            let seen = Rc::clone(seen);
+            let note = move |_: &Lua, (_, key): (Value, Value)| {
+                if let Value::String(key) = key {
+                    seen.borrow_mut().absent_fields.insert(key.to_string_lossy());
+                }
+                Ok(Value::Nil)
+            };
+            let meta = vm.lua.create_table()?;
+            meta.set("__index", vm.lua.create_function(note)?)?;
+            table.set_metatable(Some(meta))?;
+        }
+        Ok(table)
+    }
+
+    /// Names in a watched call's environment.
+    fn globals(&self, env: &Table) -> Result<BTreeSet<String>, LuaError> {
+        if self.watch.is_none() {
+            return Ok(BTreeSet::new());
+        }
+        env.pairs::<String, Value>().map(|pair| pair.map(|(name, _)| name)).collect()
+    }
+
+    fn note_globals(&self, env: &Table, before: &BTreeSet<String>) -> Result<(), LuaError> {
+        let Some(seen) = &self.watch else { return Ok(()) };
+        let new = self.globals(env)?.into_iter().filter(|name| !before.contains(name));
+        seen.borrow_mut().globals.extend(new);
+        Ok(())
     }
 
     fn key(&self, samples: &[Sample], sample: u64, context: &Context) -> u64 {

@@ -6,32 +6,50 @@ use std::sync::Arc;
 
 use mlua::Error as LuaError;
 use mlua::chunk::Compiler;
+use serde_json::{Map, Value};
 
 use crate::types::{ErrorKind, RewardError};
 
-/// The shipped verifiers: name and source.
-pub const SHIPPED: &[(&str, &str)] = &[
-    ("classification", include_str!("../lua/classification.lua")),
-    ("code_cases", include_str!("../lua/code_cases.lua")),
-    ("cosine_length", include_str!("../lua/cosine_length.lua")),
-    ("countdown", include_str!("../lua/countdown.lua")),
-    ("detection", include_str!("../lua/detection.lua")),
-    ("edit_distance", include_str!("../lua/edit_distance.lua")),
-    ("exact", include_str!("../lua/exact.lua")),
-    ("format", include_str!("../lua/format.lua")),
-    ("grounding", include_str!("../lua/grounding.lua")),
-    ("iou", include_str!("../lua/iou.lua")),
-    ("json_schema", include_str!("../lua/json_schema.lua")),
-    ("math", include_str!("../lua/math.lua")),
-    ("multiple_choice", include_str!("../lua/multiple_choice.lua")),
-    ("numeric", include_str!("../lua/numeric.lua")),
-    ("regex", include_str!("../lua/regex.lua")),
-    ("repetition", include_str!("../lua/repetition.lua")),
-    ("soft_overlong", include_str!("../lua/soft_overlong.lua")),
-    ("think_format", include_str!("../lua/think_format.lua")),
-    ("token_f1", include_str!("../lua/token_f1.lua")),
-    ("tool_call", include_str!("../lua/tool_call.lua")),
-];
+/// Embeds each verifier with the cases beside it.
+macro_rules! shipped {
+    ($($name:literal)*) => {
+        /// The shipped verifiers: name and source.
+        pub const SHIPPED: &[(&str, &str)] =
+            &[$(($name, include_str!(concat!("../lua/", $name, ".lua")))),*];
+        const CASES: &[(&str, &str)] =
+            &[$(($name, include_str!(concat!("../lua/", $name, ".cases.jsonl")))),*];
+    };
+}
+
+shipped! {
+    "classification"
+    "code_cases"
+    "cosine_length"
+    "countdown"
+    "detection"
+    "edit_distance"
+    "exact"
+    "format"
+    "grounding"
+    "iou"
+    "json_schema"
+    "math"
+    "multiple_choice"
+    "numeric"
+    "regex"
+    "repetition"
+    "soft_overlong"
+    "think_format"
+    "token_f1"
+    "tool_call"
+}
+
+/// The cases of a shipped verifier: rows with `completion`, the fields it reads, and `expect`, its reward (null: it
+/// abstains); `options` where it needs some. Empty for a name that is not in [`SHIPPED`].
+pub fn shipped_cases(name: &str) -> Vec<Map<String, Value>> {
+    let text = CASES.iter().find(|(own, _)| *own == name).map_or("", |(_, text)| text);
+    text.lines().map(|line| serde_json::from_str(line).expect("cases are JSON objects, by test")).collect()
+}
 
 /// Largest script that is loaded, in bytes.
 const MAX_SOURCE: u64 = 4 << 20;

@@ -1,22 +1,17 @@
 //! The shipped verifiers against the cases that stand beside them.
 
-use std::path::Path;
 use std::sync::Arc;
 
-use rft_rewards::{Context, RewardPool, RewardSpec, SHIPPED, Sample, resolve};
+use rft_rewards::{Context, RewardPool, RewardSpec, SHIPPED, Sample, resolve, shipped_cases};
 use serde_json::Value;
 
 #[test]
 fn every_shipped_verifier_passes_its_cases() {
     let mut wrong = Vec::new();
     for (name, _) in SHIPPED {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("lua/{name}.cases.jsonl"));
-        let text = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
         let mut cases = 0;
-        for line in text.lines() {
-            let Value::Object(mut row) = serde_json::from_str(line).unwrap() else {
-                panic!("{name}: {line}")
-            };
+        for mut row in shipped_cases(name) {
+            let line = Value::Object(row.clone());
             let expected = row.remove("expect").unwrap();
             let completion = row["completion"].as_str().unwrap().to_string();
             let options = match row.remove("options") {
