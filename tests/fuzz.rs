@@ -139,12 +139,12 @@ fn fuzz_safetensors_index() {
     let names = ModelSource::open(folder.path()).unwrap().names();
     let shard = |i: usize| format!("model-{i:05}-of-00002.safetensors");
     // the second shard holds one tensor that nothing needs
-    let header = br#"{"unused":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}"#;
+    let header = br#"{"model.rotary_emb.inv_freq":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}"#;
     let second = [&(header.len() as u64).to_le_bytes()[..], header, &[0; 4]].concat();
     std::fs::rename(folder.path().join("model.safetensors"), folder.path().join(shard(1))).unwrap();
     std::fs::write(folder.path().join(shard(2)), second).unwrap();
     let mut map: Map<String, Value> = names.iter().map(|n| (n.clone(), json!(shard(1)))).collect();
-    map.insert("unused".into(), json!(shard(2)));
+    map.insert("model.rotary_emb.inv_freq".into(), json!(shard(2)));
     let index = json!({"metadata": {"total_size": 1}, "weight_map": map});
     let path = folder.path().join("model.safetensors.index.json");
     fuzz(

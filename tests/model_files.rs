@@ -179,6 +179,8 @@ fn gguf_files_are_the_folders_they_were_made_from() {
         ("qwen2_yarn", "qwen2"),
         ("qwen3", "qwen3"),
         ("gemma3", "gemma3"),
+        ("qwen3_moe", "qwen3moe"),
+        ("mixtral", "llama"),
     ] {
         let folder = own_fixtures().join("models").join(model);
         let place = tempfile::tempdir().unwrap();
@@ -306,6 +308,11 @@ fn unsupported_configs_are_named() {
         (json!({"layer_types": ["full_attention"]}), vec!["layer_types", "2 kinds"]),
         (json!({"attention_multiplier": 0.5}), vec!["attention_multiplier"]),
         (json!({"residual_multiplier": 0.5}), vec!["residual_multiplier"]),
+        (json!({"kv_lora_rank": 512}), vec!["kv_lora_rank"]),
+        (json!({"num_kv_shared_layers": 1}), vec!["num_kv_shared_layers"]),
+        (json!({"position_embedding_type": "absolute"}), vec!["position_embedding_type"]),
+        (json!({"is_encoder_decoder": true}), vec!["is_encoder_decoder"]),
+        (json!({"vision_config": {"depth": 2}}), vec!["vision_config"]),
         (json!({"final_logit_softcapping": 30.0}), vec!["final_logit_softcapping"]),
         (json!({"num_key_value_heads": 3}), vec!["num_key_value_heads", "divisor", "3"]),
         (json!({"hidden_size": 0}), vec!["hidden_size", "0"]),
@@ -313,6 +320,7 @@ fn unsupported_configs_are_named() {
         (json!({"num_hidden_layers": 1_000_000}), vec!["num_hidden_layers", "1000000"]),
         (json!({"vocab_size": "many"}), vec!["vocab_size", "many"]),
         (json!({"vocab_size": null}), vec!["vocab_size", "missing"]),
+        (json!({"head_dim": 1 << 21}), vec!["head_dim", "65536", "2097152"]),
         (json!({"head_dim": 31}), vec!["head_dim", "even", "31"]),
         (json!({"rms_norm_eps": -1.0}), vec!["rms_norm_eps", "-1"]),
         (json!({"eos_token_id": -3}), vec!["eos_token_id", "-3"]),
@@ -329,6 +337,39 @@ fn unsupported_configs_are_named() {
         config[key] = value;
     }
     assert_eq!(ModelSpec::from_config_json(&config).unwrap(), ModelSpec::from_config_json(&base).unwrap());
+}
+
+#[test]
+fn stored_weights_that_the_config_has_no_use_for_are_named() {
+    use rft_engine::model::policy::Policy;
+
+    let folder = copy_of("qwen3");
+    let source = ModelSource::open(folder.path()).unwrap();
+    let all: Vec<_> = source
+        .names()
+        .into_iter()
+        .map(|name| {
+            let shape = source.shape(&name).unwrap();
+            let values = source.tensor(&name, &shape).unwrap();
+            (name, shape, values)
+        })
+        .collect();
+    let file = folder.path().join("model.safetensors");
+    let load_with = |extra: &str| {
+        let extra = (extra.to_string(), vec![2], vec![0.0; 2]);
+        write_safetensors(&file, all.iter().cloned().chain([extra]), "float32").unwrap();
+        Policy::load(&ModelSource::open(folder.path()).unwrap(), None, 0)
+    };
+    let bias = "model.layers.1.self_attn.q_proj.bias";
+    assert_says(&error_of(load_with(bias)), &[bias, "Qwen3ForCausalLM", "hint:"]);
+    assert!(load_with("model.layers.1.self_attn.rotary_emb.inv_freq").is_ok());
+
+    // a GGUF file that says Llama and holds the norms of Qwen3's heads
+    let place = tempfile::tempdir().unwrap();
+    let path = place.path().join("llama.gguf");
+    std::fs::write(&path, to_gguf(&own_fixtures().join("models/qwen3"), "llama")).unwrap();
+    let error = error_of(Policy::load(&ModelSource::open(&path).unwrap(), None, 0));
+    assert_says(&error, &["blk.0.attn_k_norm.weight", "LlamaForCausalLM", "hint:"]);
 }
 
 #[test]
@@ -408,7 +449,11 @@ fn stacked_experts_and_single_ones_are_the_same_model() {
 
     for model in ["qwen3_moe", "mixtral"] {
         let folder = copy_of(model);
-        let single = Policy::load(&ModelSource::open(folder.path()).unwrap(), None, 0).unwrap();
+        let source = ModelSource::open(folder.path()).unwrap();
+        let single = Policy::load(&source, None, 0).unwrap();
+        let mut names: Vec<String> = single.merged_tensors().map(|(name, ..)| name).collect();
+        names.sort();
+        assert_eq!(names, source.names(), "exported under the names it came with");
         let mut stacks: BTreeMap<String, (Vec<usize>, Vec<f32>)> = BTreeMap::new();
         for (name, shape, values) in single.merged_tensors() {
             let name = name.replace(".block_sparse_moe.", ".mlp.");
@@ -500,13 +545,13 @@ fn a_config_that_lies_about_sizes_is_refused_before_anything_is_allocated() {
     let path = folder.path().join("config.json");
     let mut config = read_json(&path);
     // at this width the weights would take gigabytes
-    config["head_dim"] = json!(1 << 21);
+    config["intermediate_size"] = json!(1 << 24);
     std::fs::write(&path, config.to_string()).unwrap();
     let before = peak_address_space();
     let source = ModelSource::open(folder.path()).unwrap();
     assert_says(
         &error_of(Policy::load(&source, None, 0)),
-        &["q_proj.weight", "expected shape [8388608, 64]"],
+        &["gate_proj.weight", "expected shape [16777216, 64]"],
     );
     if let (Some(before), Some(after)) = (before, peak_address_space()) {
         assert!(after - before < 1 << 30, "grew by {} bytes", after - before);

@@ -144,7 +144,7 @@ const HARMLESS_FIELDS: [&str; 21] = [
     "transformers_version",
 ];
 /// Parts of names of fields that, in other models, change the maths.
-const SUSPICIOUS: [&str; 27] = [
+const SUSPICIOUS: [&str; 40] = [
     "attention",
     "attn",
     "act_fn",
@@ -171,7 +171,20 @@ const SUSPICIOUS: [&str; 27] = [
     "sink",
     "softcap",
     "window",
-    "shared_layers",
+    "shared",
+    "conv",
+    "cross",
+    "dense",
+    "depth",
+    "encoder",
+    "interleav",
+    "kv_",
+    "lora_rank",
+    "mup",
+    "per_layer",
+    "position",
+    "ssm",
+    "vision",
 ];
 
 /// A config with its field errors.

@@ -224,6 +224,9 @@ impl GgufModel {
                 config
                     .insert("moe_intermediate_size".into(), json!(self.size("expert_feed_forward_length")?));
                 config.insert("norm_topk_prob".into(), json!(true));
+                let dense = |l: &u64| !has(&format!("blk.{l}.ffn_gate_inp.weight"));
+                let dense: Vec<u64> = (0..layers.min(1 << 11)).filter(dense).collect();
+                config.insert("mlp_only_layers".into(), json!(dense));
             }
             _ => {}
         }
@@ -324,6 +327,14 @@ impl GgufModel {
         names
     }
 
+    /// The first stored tensor, by its own name, none of whose Hugging Face names `uses` says yes to. Rotary factors are
+    /// part of the config.
+    pub(super) fn unused(&self, uses: impl Fn(&str) -> bool) -> Option<String> {
+        let config = |stored: &str| stored.starts_with("rope_f") || stored.ends_with(".rope_freqs.weight");
+        let used = |stored: &str| self.hf_names(stored).iter().any(|name| uses(name));
+        self.gguf.tensors.keys().find(|stored| !config(stored) && !used(stored)).cloned()
+    }
+
     /// Where a tensor lies; the file's code of a storage type that is not read as the error.
     pub(super) fn place(&self, name: &str) -> std::result::Result<Place, u32> {
         let found = self.find(name).expect("the caller has looked it up");
@@ -391,6 +402,9 @@ impl GgufModel {
             ("ffn_gate_exps", true) => "block_sparse_moe.experts.{e}.w1",
             ("ffn_up_exps", true) => "block_sparse_moe.experts.{e}.w3",
             ("ffn_down_exps", true) => "block_sparse_moe.experts.{e}.w2",
+            ("ffn_gate_inp", true) => {
+                return vec![format!("model.layers.{layer}.block_sparse_moe.gate.{suffix}")];
+            }
             _ => {
                 let part = self.parts().iter().find(|p| p.1 == part);
                 return part.map(|p| format!("model.layers.{layer}.{}.{suffix}", p.0)).into_iter().collect();

@@ -257,14 +257,17 @@ impl Policy {
     /// As [`Policy::load`].
     pub fn load_on(pool: &Pool, source: &ModelSource, lora: Option<&LoraConfig>, seed: u64) -> Result<Self> {
         // a config that lies about sizes must not decide how much is allocated
+        let mut names = Vec::new();
         for (shape, parts) in layout(source.spec()).0 {
             for part in parts {
                 match shape {
                     Shape::Matrix { k, .. } => source.expect(&part.name, &[part.rows, k])?,
                     Shape::Vector(_) => source.expect(&part.name, &[part.rows])?,
                 }
+                names.push(part.name);
             }
         }
+        source.refuse_unused(&names)?;
         let mut policy = Self::with_spec(source.spec().clone(), lora.is_none());
         for id in 0..policy.base.slots().len() {
             fill_slot(pool, source, &mut policy.base, id)?;

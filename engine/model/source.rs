@@ -4,7 +4,7 @@
 //! nothing is held twice. Tensors go by their Hugging Face names whatever the file. What is wrong with
 //! a file is an error that names the file, the tensor, what was expected and what was found.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -282,6 +282,38 @@ impl ModelSource {
         Ok(())
     }
 
+    /// Refuses weights that the decoder would leave out: what is stored beyond the tensors of these names.
+    ///
+    /// Frequencies of the rotary embedding, which follow from the config, and the head of tied models may be there.
+    ///
+    /// # Errors
+    /// The first such tensor, by name.
+    pub(super) fn refuse_unused(&self, names: &[String]) -> Result<()> {
+        let harmless = |name: &str| {
+            name.ends_with("rotary_emb.inv_freq") || (self.spec.tied && name == "lm_head.weight")
+        };
+        let unused = match &self.weights {
+            Weights::Safetensors { tensors, .. } => {
+                let used: HashSet<&str> = names.iter().filter_map(|n| stored_name(tensors, n)).collect();
+                tensors.keys().find(|name| !used.contains(name.as_str()) && !harmless(name)).cloned()
+            }
+            Weights::Gguf { model, .. } => {
+                let used: HashSet<&str> = names.iter().map(String::as_str).collect();
+                model.unused(|name| used.contains(name) || harmless(name))
+            }
+        };
+        let Some(name) = unused else { return Ok(()) };
+        Err(EngineError::malformed(
+            &self.path,
+            format!("tensor `{name}`"),
+            format!(
+                "stored, but a {} with this config has no use for it, so the results would not be the model's\n\
+                 hint: check the sizes and switches of the config",
+                self.spec.architecture
+            ),
+        ))
+    }
+
     /// One tensor as f32, row-major, of exactly the shape `expect`.
     ///
     /// # Errors
@@ -423,19 +455,25 @@ fn shard_names(
     Ok(names.into_iter().map(|n| folder.join(n)).collect())
 }
 
+/// The name that a tensor, or the stack that holds it, has in the files.
+fn stored_name<'a>(tensors: &'a BTreeMap<String, Stored>, name: &str) -> Option<&'a str> {
+    let key = |name: &str| tensors.get_key_value(name).map(|(key, _)| key.as_str());
+    key(name).or_else(|| match stacked(name) {
+        Some(part) => key(&part.name),
+        None => key(&name.replace(".block_sparse_moe.", ".mlp.")),
+    })
+}
+
 /// A tensor with its shape and bytes, stored as itself or, for experts, inside the stack of transformers 5.
 fn locate<'a>(
     tensors: &'a BTreeMap<String, Stored>,
     name: &str,
 ) -> Option<(&'a Stored, Vec<usize>, Range<usize>)> {
-    if let Some(stored) = tensors.get(name) {
-        return Some((stored, stored.shape.clone(), stored.bytes.clone()));
-    }
-    let Some(part) = stacked(name) else {
-        let stored = tensors.get(&name.replace(".block_sparse_moe.", ".mlp."))?;
-        return Some((stored, stored.shape.clone(), stored.bytes.clone()));
+    let key = stored_name(tensors, name)?;
+    let stack = &tensors[key];
+    let Some(part) = stacked(name).filter(|part| part.name == key) else {
+        return Some((stack, stack.shape.clone(), stack.bytes.clone()));
     };
-    let stack = tensors.get(&part.name)?;
     let &[experts, rows, width] = stack.shape.as_slice() else { return None };
     let halves = if part.half.is_some() { 2 } else { 1 };
     if part.expert >= experts || rows % halves != 0 {

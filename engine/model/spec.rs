@@ -18,6 +18,9 @@ use crate::types::TokenId;
 /// Most layers of a config.
 const MAX_LAYERS: usize = 2048;
 
+/// Most dimensions of a head.
+const MAX_HEAD_DIM: usize = 1 << 16;
+
 /// Nonlinearity of the gated feed-forward.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Activation {
@@ -177,8 +180,9 @@ impl ModelSpec {
                 &json!(kv_heads),
             ));
         }
-        if head_dim % 2 != 0 {
-            return Err(Fields::error("head_dim", "an even number", &json!(head_dim)));
+        if head_dim % 2 != 0 || head_dim > MAX_HEAD_DIM {
+            let expected = format!("an even number up to {MAX_HEAD_DIM}");
+            return Err(Fields::error("head_dim", &expected, &json!(head_dim)));
         }
         let max_positions = f.size("max_position_embeddings")?;
         let attention_bias = f.flag("attention_bias", false)?;

@@ -92,6 +92,8 @@ pub fn to_gguf(folder: &Path, arch: &str) -> Vec<u8> {
             .replace("self_attn.o_proj", "attn_output")
             .replace("self_attn.q_norm", "attn_q_norm")
             .replace("self_attn.k_norm", "attn_k_norm")
+            .replace("block_sparse_moe.gate.", "ffn_gate_inp.")
+            .replace("mlp.gate.", "ffn_gate_inp.")
             .replace("mlp.gate_proj", "ffn_gate")
             .replace("mlp.up_proj", "ffn_up")
             .replace("mlp.down_proj", "ffn_down")
@@ -118,7 +120,22 @@ pub fn to_gguf(folder: &Path, arch: &str) -> Vec<u8> {
         if arch.starts_with("gemma") && name.ends_with("norm.weight") {
             values.iter_mut().for_each(|w| *w += 1.0);
         }
-        tensors.push((renamed(&name), shape, values));
+        let Some((block, expert)) = name.split_once(".experts.") else {
+            tensors.push((renamed(&name), shape, values));
+            continue;
+        };
+        // experts are stacked in the order of their numbers, which is that of the names below ten
+        let kinds = [("gate", "gate_proj", "w1"), ("up", "up_proj", "w3"), ("down", "down_proj", "w2")];
+        let kind = kinds.iter().find(|k| expert.contains(k.1) || expert.contains(k.2)).unwrap().0;
+        let layer = block.replace("model.layers", "blk");
+        let stack = format!("{}.ffn_{kind}_exps.weight", layer.rsplit_once('.').unwrap().0);
+        match tensors.iter_mut().find(|t: &&mut (String, Vec<usize>, Vec<f32>)| t.0 == stack) {
+            Some((_, stacked, all)) => {
+                stacked[0] += 1;
+                all.extend(values);
+            }
+            None => tensors.push((stack, vec![1, shape[0], shape[1]], values)),
+        }
     }
     let key = |k: &str| format!("{arch}.{k}");
     let sizes = [
@@ -133,6 +150,14 @@ pub fn to_gguf(folder: &Path, arch: &str) -> Vec<u8> {
     ];
     let mut metadata: Vec<(String, Meta<'_>)> = vec![("general.architecture".into(), Meta::Text(arch))];
     metadata.extend(sizes.iter().map(|(k, v)| (key(k), Meta::U32(*v as u32))));
+    if let Some(moe) = &spec.moe {
+        let sizes = [
+            ("expert_count", moe.experts),
+            ("expert_used_count", moe.per_token),
+            ("expert_feed_forward_length", moe.ffn),
+        ];
+        metadata.extend(sizes.iter().map(|(k, v)| (key(k), Meta::U32(*v as u32))));
+    }
     metadata.push((key("attention.layer_norm_rms_epsilon"), Meta::F32(spec.norm_eps)));
     metadata.push((key("rope.freq_base"), Meta::F32(spec.ropes[0].theta as f32)));
     match spec.ropes[0].scaling {
