@@ -387,8 +387,9 @@ impl Loaded {
         let source = ModelSource::open(&args.model)?;
         let threads =
             crate::config::DevicesConfig { threads: args.threads, ..Default::default() }.thread_count();
-        let policy = Policy::load(&source, None, 0)?;
-        Ok(Self { pool: Pool::new(threads), policy, tokenizer: source.tokenizer()?, source })
+        let pool = Pool::new(threads);
+        let policy = Policy::load_on(&pool, &source, None, 0)?;
+        Ok(Self { pool, policy, tokenizer: source.tokenizer()?, source })
     }
 
     fn prepare(&mut self, positions: usize, precision: Precision) -> Result<()> {
