@@ -811,6 +811,17 @@ fn load_tasks(recipe: &Recipe, source: Option<&ModelSource>, tokenizer: &Tokeniz
         ),
         (None, None) => unreachable!("a validated recipe has data"),
     };
+    for reward in &recipe.reward {
+        for warning in rft_rewards::boxes::check_rows(&reward.script, &reward.options, &train) {
+            let rows: Vec<String> = warning.rows.iter().map(|row| (row + 1).to_string()).collect();
+            eprintln!(
+                "warning: reward {}: {} (training rows {})",
+                reward.script,
+                warning.message,
+                rows.join(", ")
+            );
+        }
+    }
     let chat = match (data.chat, source) {
         (true, Some(source)) => source.chat_template(tokenizer)?,
         _ => None,

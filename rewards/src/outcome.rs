@@ -54,6 +54,12 @@ fn component_value(
     let value = match component {
         Component::Number(value) => *value,
         Component::Dense(spans) => {
+            let length = sample.completion.len();
+            if let Some(span) = spans.iter().find(|span| span.to as usize > length) {
+                let message =
+                    format!("a span of `{name}` ends at byte {}, the completion has {length}", span.to);
+                return fail(outcome, spec, spec.script.error(ErrorKind::WrongType, message, None));
+            }
             outcome.token_rewards.resize(sample.tokens.len(), 0.0);
             for span in spans {
                 if let Some(token) = last_token(span, &sample.token_text_ends) {

@@ -41,19 +41,38 @@ const MAX_SPANS: usize = 65_536;
 pub(crate) fn read_reward(value: Value) -> Result<Returned, Wrong> {
     match value {
         Value::Nil => Ok(Returned::Abstain),
+        null if null.is_null() => Ok(Returned::Abstain),
         Value::Table(table) => read_table(&table).map_err(unreadable)?,
         other => Ok(Returned::One(Component::Number(number(&other, "the reward")?))),
     }
 }
 
-pub(crate) fn read_group(value: Value, samples: usize) -> Result<Vec<Result<Returned, Wrong>>, LuaError> {
-    let Value::Table(table) = value else {
-        return Err(LuaError::runtime(format!(
-            "reward_group must return a list of {samples} rewards, it returned {}",
-            value.type_name()
-        )));
+/// A group's rewards, one a sample; whatever else a script returns is no list of rewards.
+pub(crate) fn read_group(value: Value, samples: usize) -> Result<Vec<Result<Returned, Wrong>>, Wrong> {
+    let wrong = |found: String| {
+        let message = format!("reward_group must return a list of {samples} rewards, one a sample; {found}");
+        (ErrorKind::WrongType, message)
     };
-    (1..=samples).map(|i| table.raw_get::<Value>(i).map(read_reward)).collect()
+    let Value::Table(table) = value else {
+        return Err(wrong(format!("it returned {}", value.type_name())));
+    };
+    let mut last = 0;
+    for pair in table.pairs::<Value, Value>() {
+        let key = pair.map_err(unreadable)?.0;
+        let position = match key {
+            Value::Integer(at) => Some(at as f64),
+            Value::Number(at) => Some(at),
+            _ => None,
+        };
+        match position.filter(|at| at.fract() == 0.0 && (1.0..=samples as f64).contains(at)) {
+            Some(at) => last = last.max(at as usize),
+            None => return Err(wrong(format!("it has one at [{}]", key.to_string().map_err(unreadable)?))),
+        }
+    }
+    if last < samples {
+        return Err(wrong(format!("it ends after {last} (rft.null abstains for a sample)")));
+    }
+    (1..=samples).map(|i| Ok(read_reward(table.raw_get::<Value>(i).map_err(unreadable)?))).collect()
 }
 
 fn unreadable(error: LuaError) -> Wrong {

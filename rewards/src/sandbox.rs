@@ -116,10 +116,11 @@ impl Sandbox {
             let before = self.globals(&env)?;
             let returned: Value = function.call((list, vm.context(samples, context, &self.options)?))?;
             self.note_globals(&env, &before)?;
-            read_group(returned, samples.len()).map(Some)
+            Ok(Some(read_group(returned, samples.len())))
         });
         match whole {
-            Ok(Some(answers)) => answers.into_iter().map(|a| a.map_err(|e| self.wrong(e))).collect(),
+            Ok(Some(Ok(answers))) => answers.into_iter().map(|a| a.map_err(|e| self.wrong(e))).collect(),
+            Ok(Some(Err(wrong))) => samples.iter().map(|_| Err(self.wrong(wrong.clone()))).collect(),
             Ok(None) => (0..samples.len()).map(|i| self.score_one(&samples[i..=i], context)).collect(),
             Err(error) => samples.iter().map(|_| Err(error.clone())).collect(),
         }

@@ -195,6 +195,33 @@ fn components_abstention_groups_and_dense_spans() {
 }
 
 #[test]
+fn lists_and_spans_of_the_wrong_length_are_errors() {
+    for (list, word) in [
+        ("{1, 2}", "ends after 2"),
+        ("{}", "ends after 0"),
+        ("{1, 2, nil}", "ends after 2"),
+        ("{1, 2, 3, 4}", "at [4]"),
+        ("{1, 2, 3, mean = 2}", "at [mean]"),
+        ("{[0] = 1, 2, 3, 4}", "at [0]"),
+        ("7", "it returned"),
+    ] {
+        let group = score(&format!("function reward_group() return {list} end"), &["a", "b", "c"], 2);
+        for outcome in &group {
+            assert_eq!(outcome.errors[0].kind, ErrorKind::WrongType, "{list}");
+            assert!(outcome.errors[0].message.contains(word), "{list}: {}", outcome.errors[0].message);
+            assert_eq!(outcome.reward, None);
+        }
+    }
+    let group = score("function reward_group() return {1, nil, rft.null} end", &["a", "b", "c"], 2);
+    assert_eq!(group.iter().map(|o| o.reward).collect::<Vec<_>>(), [Some(1.0), None, None]);
+    assert!(group.iter().all(|o| o.errors.is_empty()));
+
+    let dense = score("function reward() return { { 1, 5, 1 } } end", &["abcd"], 1);
+    assert_eq!((dense[0].reward, dense[0].errors[0].kind), (None, ErrorKind::WrongType));
+    assert!(dense[0].errors[0].message.contains("byte 5"), "{}", dense[0].errors[0].message);
+}
+
+#[test]
 fn a_failed_call_follows_its_policy_and_is_never_a_silent_zero() {
     let script = Script::from_text("mine", "function reward() error('no') end").unwrap();
     let run = |on_error| {

@@ -14,6 +14,7 @@ mod matching;
 mod overlap;
 mod read;
 mod rotated;
+mod rows;
 mod vision_r1;
 mod visual_rft;
 mod vlm_r1;
@@ -29,6 +30,7 @@ pub use matching::{Match, hungarian, match_greedy, match_hungarian};
 pub use overlap::{Measure, giou, iou, overlap};
 pub use read::{ReadBox, ReadBoxes, read_boxes};
 pub use rotated::{RotatedBox, rotated_intersection, rotated_iou};
+pub use rows::check_rows;
 pub use vision_r1::{VisionR1Options, VisionR1Reward, vision_r1};
 pub use visual_rft::{VisualRftGrounding, VisualRftReward, visual_rft_detection, visual_rft_grounding};
 pub use vlm_r1::{

@@ -95,10 +95,12 @@ pub(super) fn inputs(rows: &[(Map<String, Value>, Option<String>)], at: usize, l
         let mut every: Vec<String> = others
             .iter()
             .flat_map(|other| answers(other))
-            .filter(|(name, _)| *name == field)
-            .map(|(_, answer)| answer)
+            .filter(|(name, other)| *name == field && *other != answer)
+            .map(|(_, other)| other)
             .collect();
-        if every.len() >= 2 && every.iter().any(|other| *other != answer) {
+        every.sort();
+        every.dedup();
+        if every.len() >= 2 {
             // neither first nor last, where a script may look by design
             every.insert(every.len() / 2, answer);
             let listed = every.join(", ");

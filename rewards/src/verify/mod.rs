@@ -135,6 +135,12 @@ pub fn verify(spec: &RewardSpec, rows: &[Map<String, Value>]) -> Report {
     }
     let cases: Vec<Case> =
         made_up.as_deref().unwrap_or(rows).iter().take(MAX_ROWS).map(|row| Case::new(row, spec)).collect();
+    for warning in
+        crate::boxes::check_rows(spec.script.name(), &spec.options, made_up.as_deref().unwrap_or(rows))
+    {
+        let example = warning.rows.first().map(|row| (row + 1, "its boxes".to_string()));
+        findings.push(Finding { example, ..Finding::new(Severity::Warning, "coordinates", warning.message) });
+    }
     let tried: Vec<(Map<String, Value>, Option<String>)> =
         cases.iter().map(|case| (case.fields.clone(), case.completion.clone())).collect();
     let mut calls: Vec<Call> = Vec::new();
