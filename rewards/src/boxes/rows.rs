@@ -19,10 +19,8 @@ pub fn check_rows(
 ) -> Vec<CoordinateWarning> {
     let converts = matches!(script, "detection" | "grounding");
     let kind = options.get("kind").and_then(Value::as_str).unwrap_or("default");
-    if !options.contains_key("coordinates")
-        && !options.contains_key("gold_coordinates")
-        && !(converts && kind == "default")
-    {
+    let set = options.contains_key("coordinates") || options.contains_key("gold_coordinates");
+    if !set && !(converts && kind == "default") {
         return Vec::new();
     }
     let setting = |name: &str| {
