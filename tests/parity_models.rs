@@ -213,8 +213,12 @@ fn parity_models_agree_with_transformers() {
         for (tensor, got) in &gradients {
             let norm = got.iter().map(|g| f64::from(*g).powi(2)).sum::<f64>().sqrt();
             let want = stats.get(tensor).unwrap_or_else(|| panic!("{name}: no statistics of {tensor}"))["l2"]
-                .as_f64();
-            check(format!("l2 of {tensor}"), (norm / want.unwrap() - 1.0).abs() / 1e-4);
+                .as_f64()
+                .unwrap();
+            // a gradient that is 0 but for rounding (a router that always gives all weight to one expert)
+            let rounding = want < 1e-5 && norm < 1e-5;
+            let off = if rounding { 0.0 } else { (norm / want - 1.0).abs() };
+            check(format!("l2 of {tensor}"), off / 1e-4);
             if golden.contains_key(&format!("grad.{tensor}")) {
                 let want = floats(&golden, &format!("grad.{tensor}"));
                 check(format!("grad.{tensor}"), excess(got, &want, GRADIENT));
