@@ -20,7 +20,7 @@ pub fn check_rows(
     let converts = matches!(script, "detection" | "grounding");
     let kind = options.get("kind").and_then(Value::as_str).unwrap_or("default");
     let set = options.contains_key("coordinates") || options.contains_key("gold_coordinates");
-    if !set && !(converts && kind == "default") {
+    if !(set || converts && kind == "default") {
         return Vec::new();
     }
     let setting = |name: &str| {
