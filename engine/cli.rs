@@ -78,11 +78,12 @@ pub enum Command {
     #[command(after_help = "Example:
   rft-engine report --run runs/math")]
     Report(ReportArgs),
-    /// Throughput of rollouts, learner, whole steps and kernels, and the share of this machine's roofline.
+    /// Throughput of rollouts, learner, whole steps, kernels and verifiers, and the share of this machine's roofline.
     #[command(after_help = "Examples:
   rft-engine bench rollout --model models/smollm2 --parallel 8,32,64 --group 1,0
   rft-engine bench learner --precision bf16 --group 1,8 --json
-  rft-engine bench step && rft-engine bench kernels --rows 1,8,64 --threads 1")]
+  rft-engine bench step && rft-engine bench kernels --rows 1,8,64 --threads 1
+  rft-engine bench rewards --reward math --reward exact")]
     Bench(BenchArgs),
     /// What this machine offers, and why anything is missing.
     Devices,

@@ -152,24 +152,9 @@ impl Scorer {
         let mut groups: Vec<Vec<Sample>> = Vec::new();
         let mut last = None;
         for (i, row) in rows.iter().enumerate() {
-            let text = |key: &str| row.get(key).and_then(Value::as_str).map(str::to_string);
-            let completion =
-                text("completion").ok_or_else(|| (i, "has no `completion` (string)".to_string()))?;
-            let tokens =
-                row.get("tokens").and_then(|t| serde_json::from_value(t.clone()).ok()).unwrap_or_default();
-            let id = row.get("id").map(|id| id.as_str().map_or_else(|| id.to_string(), str::to_string));
+            let sample = stored_sample(i, row).map_err(|message| (i, message))?;
             let number = row.get("sample").and_then(Value::as_u64);
-            let group = number.map(|_| (id.clone(), row.get("step").cloned()));
-            let sample = Sample {
-                id: id.unwrap_or_else(|| i.to_string()),
-                sample: number.unwrap_or(0) as u32,
-                completion,
-                prompt: text("prompt").unwrap_or_default(),
-                fields: Arc::new(row.clone()),
-                tokens,
-                token_text_ends: Vec::new(),
-                finish_reason: text("finish_reason").unwrap_or_default(),
-            };
+            let group = number.map(|_| (row.get("id").cloned(), row.get("step").cloned()));
             match groups.last_mut() {
                 Some(samples) if group.is_some() && group == last => samples.push(sample),
                 _ => groups.push(vec![sample]),
@@ -184,6 +169,27 @@ impl Scorer {
         let done: BTreeMap<u64, Vec<Outcome>> = (0..count).map(|_| self.pool.recv()).collect();
         Ok(done.into_values().flatten().collect())
     }
+}
+
+/// A stored completion, row number `index` of its file, as a verifier sees it.
+///
+/// # Errors
+/// No `completion`.
+pub fn stored_sample(index: usize, row: &Row) -> std::result::Result<Sample, String> {
+    let text = |key: &str| row.get(key).and_then(Value::as_str).map(str::to_string);
+    let completion = text("completion").ok_or_else(|| "has no `completion` (string)".to_string())?;
+    let tokens = row.get("tokens").and_then(|t| serde_json::from_value(t.clone()).ok()).unwrap_or_default();
+    let id = row.get("id").map(|id| id.as_str().map_or_else(|| id.to_string(), str::to_string));
+    Ok(Sample {
+        id: id.unwrap_or_else(|| index.to_string()),
+        sample: row.get("sample").and_then(Value::as_u64).unwrap_or(0) as u32,
+        completion,
+        prompt: text("prompt").unwrap_or_default(),
+        fields: Arc::new(row.clone()),
+        tokens,
+        token_text_ends: Vec::new(),
+        finish_reason: text("finish_reason").unwrap_or_default(),
+    })
 }
 
 /// Failed calls of one script for one reason.

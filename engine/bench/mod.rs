@@ -6,6 +6,7 @@
 
 mod kernels;
 mod learner;
+mod rewards;
 mod rollout;
 mod step;
 
@@ -38,6 +39,8 @@ pub enum BenchCommand {
     Step(step::StepArgs),
     /// Products, attention and norms at the model's shapes.
     Kernels(kernels::KernelArgs),
+    /// Calls of verifiers a second: shipped ones over their cases, your own over rows of data.
+    Rewards(rewards::RewardsArgs),
 }
 
 /// Flags that all measurements share.
@@ -115,6 +118,7 @@ pub fn run(command: &BenchCommand, report: &mut dyn FnMut(&Value, &str)) -> Resu
         BenchCommand::Learner(args) => learner::run(args, &mut machine(&args.common, &mut each)?, &mut each),
         BenchCommand::Step(args) => step::run(args, &mut machine(&args.common, &mut each)?, &mut each),
         BenchCommand::Kernels(args) => kernels::run(args, &mut machine(&args.common, &mut each)?, &mut each),
+        BenchCommand::Rewards(args) => rewards::run(args, &mut each),
     }
 }
 

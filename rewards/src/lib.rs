@@ -7,6 +7,7 @@
 
 pub mod boxes;
 mod budget;
+mod cases;
 mod guards;
 mod host;
 pub mod math;
@@ -17,8 +18,11 @@ mod sandbox;
 mod script;
 pub mod tools;
 mod types;
+mod verifiers;
 pub mod verify;
 
+pub use cases::{Case, cases};
 pub use pool::{PoolError, RewardPool};
 pub use script::{SHIPPED, Script, ScriptError, Source, resolve, shipped_cases};
 pub use types::{Context, ErrorKind, Limits, OnError, Outcome, RewardError, RewardSpec, Sample};
+pub use verifiers::Verifiers;

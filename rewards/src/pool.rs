@@ -1,14 +1,12 @@
-//! Worker threads that score groups: one sandbox a worker and script, jobs and results over channels.
+//! Worker threads that score groups: each has its own verifiers; jobs and results travel over channels.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use crossbeam::channel::{Receiver, Sender, unbounded};
 
-use crate::outcome;
-use crate::sandbox::Sandbox;
-use crate::types::{Context, ErrorKind, Outcome, RewardSpec, Sample};
+use crate::types::{Context, Outcome, RewardSpec, Sample};
+use crate::verifiers::Verifiers;
 
 /// Why a pool cannot start.
 #[derive(Debug, thiserror::Error)]
@@ -80,49 +78,11 @@ impl Drop for RewardPool {
     }
 }
 
-fn work(specs: &[RewardSpec], jobs: &Receiver<Job>, results: &Sender<(u64, Vec<Outcome>)>) {
-    let sandbox = |spec: &RewardSpec| Sandbox::new(spec.script.clone(), spec.limits, spec.options.clone());
-    let mut sandboxes: Vec<Sandbox> = specs.iter().map(sandbox).collect();
+fn work(specs: &Arc<Vec<RewardSpec>>, jobs: &Receiver<Job>, results: &Sender<(u64, Vec<Outcome>)>) {
+    let mut verifiers = Verifiers::new(Arc::clone(specs));
     for job in jobs {
-        let mut outcomes = vec![Outcome::default(); job.samples.len()];
-        for (spec, own) in specs.iter().zip(&mut sandboxes) {
-            let answers = guarded(|| own.score(&job.samples, &job.context)).unwrap_or_else(|message| {
-                // whatever state the VM was left in goes with it
-                *own = sandbox(spec);
-                let message = format!("defect of the verifier library, please report it: {message}");
-                let error = spec.script.error(ErrorKind::Runtime, message, None);
-                job.samples.iter().map(|_| Err(error.clone())).collect()
-            });
-            for ((outcome, sample), answer) in outcomes.iter_mut().zip(&job.samples).zip(answers) {
-                outcome::add(outcome, spec, sample, answer);
-            }
-        }
-        if results.send((job.ticket, outcomes)).is_err() {
+        if results.send((job.ticket, verifiers.score(&job.samples, &job.context))).is_err() {
             return;
         }
-    }
-}
-
-/// Runs a call whose panic must not take the worker, and with it the outcome that someone waits for.
-fn guarded<T>(call: impl FnOnce() -> T) -> Result<T, String> {
-    catch_unwind(AssertUnwindSafe(call)).map_err(|panic| {
-        let text = panic.downcast_ref::<String>().map(String::as_str);
-        text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("a panic").to_string()
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_panic_becomes_its_message() {
-        assert_eq!(guarded(|| 3), Ok(3));
-        assert_eq!(
-            guarded(|| if true {
-                panic!("index {} of {}", 4, 2)
-            }),
-            Err("index 4 of 2".into())
-        );
     }
 }
