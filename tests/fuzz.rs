@@ -265,7 +265,7 @@ fn fuzz_tokenizer() {
             let ids = tokenizer.encode("Hello <|im_end|>\n 12 é").unwrap_or_default();
             let _ = tokenizer.decode(&ids, false);
             let _ = tokenizer.decode(&[0, 1, u32::MAX], true);
-            let _ = tokenizer.encode_marked("Hello 12", &[0..5]);
+            let _ = tokenizer.encode_marked("Hello 12", std::slice::from_ref(&(0..5)));
         }
         std::fs::write(folder.path().join(name), serde_json::to_vec(whole).unwrap()).unwrap();
         good
