@@ -23,7 +23,7 @@ use crate::data::tokenizer::Tokenizer;
 use crate::error::Result;
 use crate::model::policy::Policy;
 use crate::model::source::ModelSource;
-use crate::model::spec::ModelSpec;
+use crate::model::spec::{LayerSpec, ModelSpec};
 use crate::report::metrics::environment;
 use crate::rng::{Purpose, Stream};
 use crate::types::{Prompt, TokenId};
@@ -218,8 +218,12 @@ fn smollm2() -> Result<ModelSpec> {
 /// Parameters that a token is multiplied with in the layers, and in the head.
 fn linear_parameters(spec: &ModelSpec) -> (f64, f64) {
     let (q, kv) = (spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim);
-    let layer = spec.hidden * (2 * q + 2 * kv + 3 * spec.ffn);
-    ((spec.layers * layer) as f64, (spec.vocab * spec.hidden) as f64)
+    let layer = |layer: &LayerSpec| match &spec.moe {
+        Some(moe) if layer.experts => moe.experts + moe.per_token * 3 * moe.ffn,
+        _ => 3 * spec.ffn,
+    };
+    let layers: usize = spec.layer_specs.iter().map(|l| spec.hidden * (2 * q + 2 * kv + layer(l))).sum();
+    (layers as f64, (spec.vocab * spec.hidden) as f64)
 }
 
 /// Random tokens that no tokenizer reserves.

@@ -224,9 +224,8 @@ impl Fields<'_> {
     pub(super) fn positive(&self, key: &str) -> Result<Option<f64>> {
         match self.number(key)? {
             Some(x) if x <= 0.0 => Err(Self::error(key, "a number above 0", &json!(x))),
-            // outside, f32 turns it into 0 or infinity
-            Some(x) if !(1e-30..=1e30).contains(&x) => {
-                Err(Self::error(key, "a number from 1e-30 to 1e30", &json!(x)))
+            Some(x) if !(x as f32).is_normal() => {
+                Err(Self::error(key, "a number that f32 holds (1.2e-38 to 3.4e38)", &json!(x)))
             }
             x => Ok(x),
         }

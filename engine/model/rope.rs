@@ -144,8 +144,8 @@ impl RopeSpec {
             },
         };
         let theta = number("rope_theta")?.unwrap_or(default_theta);
-        if theta <= 1.0 {
-            return Err(format!("rope_theta: expected more than 1, found {theta}"));
+        if theta <= 1.0 || !(theta as f32).is_normal() {
+            return Err(format!("rope_theta: expected more than 1 and at most 3.4e38, found {theta}"));
         }
         let partial = number("partial_rotary_factor")?.unwrap_or(default_partial);
         let rotary_dim = (head_dim as f64 * partial) as usize;

@@ -308,7 +308,7 @@ impl ModelSource {
             format!("tensor `{name}`"),
             format!(
                 "stored, but a {} with this config has no use for it, so the results would not be the model's\n\
-                 hint: check the sizes and switches of the config",
+                 hint: check the sizes and switches of the config; leave the tensor out of the file if it is known not to matter",
                 self.spec.architecture
             ),
         ))
