@@ -244,11 +244,13 @@ impl Sandbox {
             let message = format!("more than {} bytes", self.limits.memory_bytes);
             return self.script.error(ErrorKind::Memory, message, line_of(error, self.script.name()));
         }
-        let text = message_of(error);
         let line = line_of(error, self.script.name());
+        let text = message_of(error);
+        // below the first line stands a traceback
+        let text = text.lines().next().unwrap_or_default();
         let prefix = line.map(|l| format!("{}:{l}: ", self.script.name()));
-        let text = prefix.and_then(|p| text.split_once(&p).map(|(_, rest)| rest.to_string())).unwrap_or(text);
-        self.script.error(ErrorKind::Runtime, first_line(&text), line)
+        let text = prefix.and_then(|p| text.split_once(&p).map(|(_, rest)| rest)).unwrap_or(text);
+        self.script.error(ErrorKind::Runtime, clipped(text), line)
     }
 }
 
@@ -263,18 +265,14 @@ fn is_memory(error: &LuaError) -> bool {
 fn message_of(error: &LuaError) -> String {
     match error {
         LuaError::RuntimeError(text) => text.clone(),
-        LuaError::CallbackError { cause, traceback } => {
-            // the script's own line stands in the traceback of the host call
-            let place = traceback.lines().find(|l| l.contains(':') && !l.contains("[C]")).unwrap_or_default();
-            format!("{} {}", place.trim(), message_of(cause)).trim().to_string()
-        }
+        // the script's own line stands in the traceback of the host call, where `line_of` finds it
+        LuaError::CallbackError { cause, .. } | LuaError::WithContext { cause, .. } => message_of(cause),
         other => other.to_string(),
     }
 }
 
-fn first_line(text: &str) -> String {
-    let line = text.lines().next().unwrap_or_default();
-    line.chars().take(400).collect()
+fn clipped(text: &str) -> String {
+    text.chars().take(400).collect()
 }
 
 /// The first `NAME:LINE` in an error's text.
