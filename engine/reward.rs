@@ -87,6 +87,7 @@ impl Scoring<'_> {
                 fields: group.prompt.fields.clone(),
                 tokens: c.tokens.clone(),
                 token_text_ends: c.token_ends.clone(),
+                logprobs: c.logprobs.clone(),
                 finish_reason: c.finish.as_str().to_string(),
             })
             .collect();
@@ -179,6 +180,8 @@ pub fn stored_sample(index: usize, row: &Row) -> std::result::Result<Sample, Str
     let text = |key: &str| row.get(key).and_then(Value::as_str).map(str::to_string);
     let completion = text("completion").ok_or_else(|| "has no `completion` (string)".to_string())?;
     let tokens = row.get("tokens").and_then(|t| serde_json::from_value(t.clone()).ok()).unwrap_or_default();
+    let logprobs =
+        row.get("logprobs").and_then(|l| serde_json::from_value(l.clone()).ok()).unwrap_or_default();
     let id = row.get("id").map(|id| id.as_str().map_or_else(|| id.to_string(), str::to_string));
     Ok(Sample {
         id: id.unwrap_or_else(|| index.to_string()),
@@ -188,6 +191,7 @@ pub fn stored_sample(index: usize, row: &Row) -> std::result::Result<Sample, Str
         fields: Arc::new(row.clone()),
         tokens,
         token_text_ends: Vec::new(),
+        logprobs,
         finish_reason: text("finish_reason").unwrap_or_default(),
     })
 }

@@ -29,6 +29,15 @@ pub(crate) type Answers = Vec<Result<Returned, RewardError>>;
 const FORBIDDEN: [&str; 7] =
     ["collectgarbage", "getfenv", "setfenv", "loadstring", "load", "require", "newproxy"];
 
+/// Libraries that scripts of other Lua hosts use, with the reason that reading them gives.
+const ABSENT: [(&str, &str); 5] = [
+    ("coroutine", "a limit must end a call wherever it is; loop, or pass functions"),
+    ("io", "a reward reads no files; put data into the row"),
+    ("os", "a reward is the same at any time and on any machine"),
+    ("debug", "errors are reported with their line"),
+    ("package", "a reward is one file"),
+];
+
 /// A script ready to be called.
 pub(crate) struct Sandbox {
     script: Script,
@@ -294,6 +303,18 @@ pub(crate) fn bare(limits: &Limits, library: bool) -> Result<(Lua, Rc<Budget>), 
     for name in FORBIDDEN {
         globals.set(name, Value::Nil)?;
     }
+    for (name, why) in ABSENT {
+        let meta = lua.create_table()?;
+        let refuse = move |_: &Lua, (_, _): (Value, Value)| -> Result<(), LuaError> {
+            Err(LuaError::runtime(format!("`{name}` does not exist in the sandbox: {why}")))
+        };
+        meta.set("__index", lua.create_function(refuse)?)?;
+        meta.set("__metatable", "locked")?;
+        let library = lua.create_table()?;
+        library.set_metatable(Some(meta))?;
+        library.set_readonly(true);
+        globals.set(name, library)?;
+    }
     guards::install(&lua)?;
     install_math(&lua, &budget)?;
     let printer = Rc::clone(&budget);
@@ -357,6 +378,13 @@ impl Vm {
         if !sample.tokens.is_empty() {
             table.raw_set("tokens", self.lua.create_sequence_from(sample.tokens.iter().copied())?)?;
         }
+        if !sample.logprobs.is_empty() {
+            table.raw_set("logprobs", self.lua.create_sequence_from(sample.logprobs.iter().copied())?)?;
+        }
+        if !sample.token_text_ends.is_empty() {
+            let ends = sample.token_text_ends.iter().copied();
+            table.raw_set("token_ends", self.lua.create_sequence_from(ends)?)?;
+        }
         if !sample.finish_reason.is_empty() {
             table.raw_set("finish_reason", sample.finish_reason.as_str())?;
         }
@@ -381,6 +409,9 @@ impl Vm {
             table.raw_set("sample", sample.sample)?;
             table.raw_set("tokens", self.lua.create_sequence_from(sample.tokens.iter().copied())?)?;
             table.raw_set("finish_reason", sample.finish_reason.as_str())?;
+            if !sample.logprobs.is_empty() {
+                table.raw_set("logprobs", self.lua.create_sequence_from(sample.logprobs.iter().copied())?)?;
+            }
         }
         Ok(table)
     }

@@ -88,6 +88,8 @@ pub struct Sample {
     pub tokens: Vec<u32>,
     /// Byte offset in `completion` at which each token ends, for dense rewards; as long as `tokens`, or empty.
     pub token_text_ends: Vec<u32>,
+    /// Natural-log probability of each token under the distribution that drew it; as long as `tokens`, or empty.
+    pub logprobs: Vec<f32>,
     /// `"stop"`, `"length"`, or empty where unknown.
     pub finish_reason: String,
 }

@@ -222,6 +222,48 @@ fn lists_and_spans_of_the_wrong_length_are_errors() {
 }
 
 #[test]
+fn prefix_logprobs_follow_token_ends_and_say_what_is_missing() {
+    let ask = |body: &str, sample: Sample| {
+        let text = format!("function reward(sample, ctx) return {body} end");
+        let pool =
+            RewardPool::new(vec![RewardSpec::new(Script::from_text("mine", &text).unwrap())], 1).unwrap();
+        pool.submit(0, vec![sample], Context::default());
+        pool.recv().1.remove(0)
+    };
+    let known = Sample {
+        completion: "abcdef".into(),
+        tokens: vec![1, 2, 3],
+        token_text_ends: vec![2, 4, 6],
+        logprobs: vec![-1.0, -2.0, -4.0],
+        ..Sample::default()
+    };
+    for (body, expected) in [
+        ("rft.prefix_logprob(sample)", -7.0),
+        ("rft.prefix_logprob(sample, 0)", 0.0),
+        ("rft.prefix_logprob(sample, 3)", -1.0),
+        ("rft.prefix_logprob(sample, 4)", -3.0),
+        ("ctx.logprobs[3]", -4.0),
+    ] {
+        assert_eq!(ask(body, known.clone()).reward, Some(expected), "{body}");
+    }
+    let unknown = ask("rft.prefix_logprob(sample)", Sample::default());
+    assert!(unknown.errors[0].message.contains("no `logprobs`"), "{:?}", unknown.errors);
+    let stored = Sample { token_text_ends: Vec::new(), ..known };
+    let unplaced = ask("rft.prefix_logprob(sample, 2)", stored);
+    assert!(unplaced.errors[0].message.contains("no `token_ends`"), "{:?}", unplaced.errors);
+}
+
+#[test]
+fn absent_libraries_say_so() {
+    for name in ["coroutine.wrap", "io.open", "os.time"] {
+        let outcomes = score(&format!("function reward()\n  return {name}('x')\nend"), &["x"], 1);
+        let error = &outcomes[0].errors[0];
+        assert!(error.message.contains("does not exist in the sandbox"), "{error}");
+        assert_eq!(error.line, Some(2), "{error}");
+    }
+}
+
+#[test]
 fn a_failed_call_follows_its_policy_and_is_never_a_silent_zero() {
     let script = Script::from_text("mine", "function reward() error('no') end").unwrap();
     let run = |on_error| {

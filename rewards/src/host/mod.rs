@@ -9,6 +9,7 @@ mod boxes;
 mod code;
 pub(crate) mod convert;
 mod json;
+mod logprobs;
 mod math;
 mod regex;
 pub(crate) mod text;
@@ -36,6 +37,7 @@ pub(crate) fn library(lua: &Lua, budget: &Rc<Budget>) -> Result<Table, LuaError>
     rft.raw_set("json", json::library(lua, budget)?)?;
     rft.raw_set("regex", regex::library(lua, budget)?)?;
     rft.raw_set("code", code::library(lua, budget)?)?;
+    rft.raw_set("prefix_logprob", logprobs::prefix_logprob(lua)?)?;
     for entry in rft.pairs::<String, mlua::Value>() {
         if let (_, mlua::Value::Table(table)) = entry? {
             table.set_readonly(true);
