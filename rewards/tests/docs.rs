@@ -44,7 +44,7 @@ fn every_example_gives_the_stated_result() {
 /// `group.name` of every function that scripts can call.
 fn live() -> BTreeSet<String> {
     // told one by one, as the names of components
-    let body = "function reward(sample)\n local names = {}\n for group, functions in rft do\n if type(functions) == 'table' then for name in functions do table.insert(names, group .. '.' .. name) end end\n end\n \
+    let body = "function reward(sample)\n local names = {}\n for group, functions in rft do\n if type(functions) == 'function' then table.insert(names, group) end\n if type(functions) == 'table' then for name in functions do table.insert(names, group .. '.' .. name) end end\n end\n \
                 table.sort(names)\n local part = {}\n for i = sample.first, math.min(sample.first + 49, #names) do part[names[i]] = i end\n if next(part) == nil then return nil end\n return part\nend";
     let mut names = BTreeSet::new();
     for first in (1..).step_by(50) {
@@ -70,12 +70,16 @@ fn reference_and_stubs_name_what_exists_and_nothing_else() {
     let mut group = String::new();
     let mut typed = BTreeSet::new();
     for line in STUBS.lines() {
-        if let Some(name) = line.strip_prefix("type ").and_then(|rest| rest.split_once("Library = {")) {
+        if line.starts_with("declare rft") {
+            group = "rft".to_string();
+        } else if let Some(name) = line.strip_prefix("type ").and_then(|rest| rest.split_once("Library = {"))
+        {
             group = name.0.to_lowercase();
         } else if let Some((name, _)) = line.trim_start().split_once(": (")
             && !group.is_empty()
         {
-            typed.insert(format!("{group}.{name}"));
+            let of_rft = group == "rft";
+            typed.insert(if of_rft { name.to_string() } else { format!("{group}.{name}") });
         } else if line == "}" {
             group.clear();
         }
