@@ -65,6 +65,30 @@ impl Scorer {
         Ok(Self { pool })
     }
 
+    /// Ends a step: scripts that keep state see its results in order, and the next step sees their new state.
+    ///
+    /// # Errors
+    /// A failed `update_state`, with its line.
+    pub fn end_step(&self, groups: &[ScoredGroup], step: u64, total_steps: u64, seed: u64) -> Result<()> {
+        let results = groups.iter().flat_map(|g| {
+            let samples = g.group.completions.iter().zip(&g.outcomes).enumerate();
+            samples.map(|(i, (c, outcome))| (g.group.prompt.id.as_str(), i, c.text.as_str(), outcome))
+        });
+        let context = Context { step, total_steps, seed };
+        self.pool.end_step(results, &context).map_err(|error| EngineError::Reward(error.to_string()))
+    }
+
+    /// The scripts' states as JSON texts, for a checkpoint.
+    pub fn states(&self) -> Vec<String> {
+        self.pool.states().iter().map(|state| state.to_string()).collect()
+    }
+
+    /// Restores what [`Scorer::states`] gave.
+    pub fn set_states(&self, states: &[String]) {
+        let states: Vec<Arc<str>> = states.iter().map(|state| state.as_str().into()).collect();
+        self.pool.set_states(&states);
+    }
+
     /// Starts scoring the groups of one rollout.
     pub fn start(&self, step: u64, total_steps: u64, seed: u64) -> Scoring<'_> {
         let context = Context { step, total_steps, seed };

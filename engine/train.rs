@@ -61,6 +61,9 @@ struct State {
     updates: u64,
     kl_coefficient: f64,
     entropy: EntropyState,
+    /// `ctx.state` of each verifier, as JSON text.
+    #[serde(default)]
+    reward_states: Vec<String>,
     eval_before: Option<EvalResult>,
     seconds: f64,
     rollout_tokens: u64,
@@ -382,6 +385,7 @@ impl Run {
         self.state.steps = step;
         self.state.version = self.policy.version.0;
         self.state.updates = learner.adam.updates;
+        self.state.reward_states = self.scorer.states();
         self.state.rollout_tokens += rollout.decoded_tokens as u64;
         self.state.rollout_seconds += rollout.seconds;
         self.state.learner_rows += rows as u64;
@@ -466,6 +470,7 @@ impl Run {
         )?;
         let waiting = Instant::now();
         let groups = scoring.finish()?;
+        self.scorer.end_step(&groups, step, total, self.recipe.seed)?;
         Ok((groups, stats, waiting.elapsed().as_secs_f64()))
     }
 
@@ -613,6 +618,9 @@ impl Run {
             put_back(&self.recipe, &mut reference, &take_buffer(&mut buffers, checkpoints, "weights", kept)?);
             reference.refresh(&self.pool);
             self.reference = Some(reference);
+        }
+        if !state.reward_states.is_empty() {
+            self.scorer.set_states(&state.reward_states);
         }
         self.state = state;
         Ok(())

@@ -9,6 +9,7 @@ use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
+use std::sync::Arc;
 
 use mlua::chunk::ChunkMode;
 use mlua::{
@@ -17,7 +18,7 @@ use mlua::{
 
 use crate::budget::{Budget, random_key};
 use crate::guards;
-use crate::host::{self, convert::from_json};
+use crate::host::{self, convert::from_json, convert::to_json};
 use crate::returned::{Returned, read_group, read_reward};
 use crate::script::Script;
 use crate::types::{Context, ErrorKind, Limits, RewardError, Sample};
@@ -45,6 +46,8 @@ pub(crate) struct Sandbox {
     options: serde_json::Map<String, serde_json::Value>,
     vm: RefCell<Option<Vm>>,
     watch: Option<Rc<RefCell<Seen>>>,
+    /// `ctx.state` of a stateful script, as JSON text.
+    state: RefCell<Arc<str>>,
 }
 
 /// What a watched script did beside scoring.
@@ -56,6 +59,11 @@ pub(crate) struct Seen {
     pub(crate) globals: BTreeSet<String>,
 }
 
+/// State before the first step.
+const EMPTY_STATE: &str = "{}";
+/// Bytes of a state's JSON text.
+const MAX_STATE: usize = 1 << 18;
+
 struct Vm {
     lua: Lua,
     budget: Rc<Budget>,
@@ -63,14 +71,14 @@ struct Vm {
     settled: usize,
 }
 
-/// Runs a script's top level once and checks that it defines a reward.
-pub(crate) fn check(script: &Script) -> Result<(), RewardError> {
+/// Runs a script's top level once and checks that it defines a reward; whether it keeps state.
+pub(crate) fn check(script: &Script) -> Result<bool, RewardError> {
     let sandbox = Sandbox::new(script.clone(), Limits::default(), serde_json::Map::new());
     sandbox.with_vm(0, |vm| {
         let env = vm.environment(script)?;
         let defined = |name: &str| env.get::<Option<Function>>(name).map(|f| f.is_some());
         if defined("reward")? || defined("reward_group")? {
-            return Ok(());
+            return defined("update_state");
         }
         Err(LuaError::runtime("the script defines neither `function reward(sample, ctx)` nor `function reward_group(samples, ctx)`"))
     })
@@ -96,7 +104,14 @@ impl Sandbox {
         limits: Limits,
         options: serde_json::Map<String, serde_json::Value>,
     ) -> Self {
-        Self { script, limits, options, vm: RefCell::new(None), watch: None }
+        Self {
+            script,
+            limits,
+            options,
+            vm: RefCell::new(None),
+            watch: None,
+            state: RefCell::new(EMPTY_STATE.into()),
+        }
     }
 
     /// A sandbox that notes what [`Seen`] lists.
@@ -123,7 +138,7 @@ impl Sandbox {
                 list.push(self.sample(vm, sample)?)?;
             }
             let before = self.globals(&env)?;
-            let returned: Value = function.call((list, vm.context(samples, context, &self.options)?))?;
+            let returned: Value = function.call((list, self.context(vm, samples, context)?))?;
             self.note_globals(&env, &before)?;
             Ok(Some(read_group(returned, samples.len())))
         });
@@ -142,7 +157,7 @@ impl Sandbox {
             let function: Function = env.get("reward")?;
             let before = self.globals(&env)?;
             let returned: MultiValue =
-                function.call((self.sample(vm, &sample[0])?, vm.context(sample, context, &self.options)?))?;
+                function.call((self.sample(vm, &sample[0])?, self.context(vm, sample, context)?))?;
             self.note_globals(&env, &before)?;
             Ok(read_reward(returned.into_iter().next().unwrap_or(Value::Nil)))
         })?;
@@ -165,6 +180,60 @@ impl Sandbox {
             table.set_metatable(Some(meta))?;
         }
         Ok(table)
+    }
+
+    /// `ctx`; the state of a stateful script is read-only in it, all the way down.
+    fn context(&self, vm: &Vm, samples: &[Sample], context: &Context) -> Result<Table, LuaError> {
+        let table = vm.context(samples, context, &self.options)?;
+        if self.script.stateful() {
+            let state = self.state_value(vm)?;
+            freeze(&state)?;
+            table.raw_set("state", state)?;
+        }
+        Ok(table)
+    }
+
+    fn state_value(&self, vm: &Vm) -> Result<Value, LuaError> {
+        let state = serde_json::from_str(&self.state.borrow()).map_err(LuaError::external)?;
+        from_json(&vm.lua, &state)
+    }
+
+    /// What calls read as `ctx.state`, as JSON text.
+    pub(crate) fn state(&self) -> Arc<str> {
+        Arc::clone(&self.state.borrow())
+    }
+
+    /// Sets what the next calls read as `ctx.state`.
+    pub(crate) fn set_state(&self, state: &Arc<str>) {
+        *self.state.borrow_mut() = Arc::clone(state);
+    }
+
+    /// Runs `update_state(state, results, ctx)` on what a step's calls gave; the new state as JSON text.
+    pub(crate) fn update_state(
+        &self,
+        results: &serde_json::Value,
+        context: &Context,
+    ) -> Result<Arc<str>, RewardError> {
+        let key = random_key(context.seed, context.step, self.script.name(), "update_state", 0);
+        let text = self.with_vm(key, |vm| {
+            let function: Function = vm.environment(&self.script)?.get("update_state")?;
+            let ctx = vm.context(&[], context, &self.options)?;
+            let new: Value = function.call((self.state_value(vm)?, from_json(&vm.lua, results)?, ctx))?;
+            if !new.is_table() {
+                let found = new.type_name();
+                return Ok(Err(format!(
+                    "update_state must return the new state, a table; it returned {found}"
+                )));
+            }
+            Ok(to_json(&vm.lua, &new).map(|json| json.to_string()).map_err(|e| format!("the new state: {e}")))
+        })?;
+        let text = text.map_err(|message| self.wrong((ErrorKind::WrongType, message)))?;
+        if text.len() > MAX_STATE {
+            let message =
+                format!("the new state has {} bytes as JSON, at most {MAX_STATE} are kept", text.len());
+            return Err(self.wrong((ErrorKind::WrongType, message)));
+        }
+        Ok(text.into())
     }
 
     /// Names in a watched call's environment.
@@ -261,6 +330,16 @@ impl Sandbox {
         let text = prefix.and_then(|p| text.split_once(&p).map(|(_, rest)| rest)).unwrap_or(text);
         self.script.error(ErrorKind::Runtime, clipped(text), line)
     }
+}
+
+/// Makes a table of JSON shape read-only, all the way down.
+fn freeze(value: &Value) -> Result<(), LuaError> {
+    let Value::Table(table) = value else { return Ok(()) };
+    for pair in table.pairs::<Value, Value>() {
+        freeze(&pair?.1)?;
+    }
+    table.set_readonly(true);
+    Ok(())
 }
 
 fn is_memory(error: &LuaError) -> bool {

@@ -70,6 +70,7 @@ pub struct Script {
     source: Source,
     text: Arc<str>,
     bytecode: Arc<[u8]>,
+    stateful: bool,
 }
 
 impl fmt::Debug for Script {
@@ -180,8 +181,10 @@ impl Script {
         let text = text.strip_prefix('\u{feff}').unwrap_or(text);
         let compiler = Compiler::new().set_optimization_level(1).set_debug_level(1);
         let bytecode = compiler.compile(text).map_err(|error| syntax_error(&path, text, &error))?;
-        let script = Script { name: name.into(), source, text: text.into(), bytecode: bytecode.into() };
-        crate::sandbox::check(&script).map_err(|error| ScriptError::Load { path, error })?;
+        let (name, text, bytecode) = (name.into(), text.into(), bytecode.into());
+        let mut script = Script { name, source, text, bytecode, stateful: false };
+        script.stateful =
+            crate::sandbox::check(&script).map_err(|error| ScriptError::Load { path, error })?;
         Ok(script)
     }
 
@@ -203,6 +206,11 @@ impl Script {
     /// Text of a line, from 1.
     pub fn line(&self, line: u32) -> Option<&str> {
         self.text.lines().nth((line as usize).checked_sub(1)?)
+    }
+
+    /// Whether it defines `update_state(state, results, ctx)`, and so has a `ctx.state`.
+    pub fn stateful(&self) -> bool {
+        self.stateful
     }
 
     pub(crate) fn bytecode(&self) -> &[u8] {

@@ -21,13 +21,22 @@ impl Verifiers {
         Self { specs, sandboxes }
     }
 
+    /// Sets what each script reads as `ctx.state`, in order; what [`crate::RewardPool::states`] gives.
+    pub fn set_states(&mut self, states: &[Arc<str>]) {
+        for (own, state) in self.sandboxes.iter().zip(states) {
+            own.set_state(state);
+        }
+    }
+
     /// Scores a group; one outcome a sample, in their order.
     pub fn score(&mut self, samples: &[Sample], context: &Context) -> Vec<Outcome> {
         let mut outcomes = vec![Outcome::default(); samples.len()];
         for (spec, own) in self.specs.iter().zip(&mut self.sandboxes) {
             let answers = guarded(|| own.score(samples, context)).unwrap_or_else(|message| {
                 // whatever state the VM was left in goes with it
+                let state = own.state();
                 *own = sandbox(spec);
+                own.set_state(&state);
                 let message = format!("defect of the verifier library, please report it: {message}");
                 let error = spec.script.error(ErrorKind::Runtime, message, None);
                 samples.iter().map(|_| Err(error.clone())).collect()

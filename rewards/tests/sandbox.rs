@@ -254,6 +254,65 @@ fn prefix_logprobs_follow_token_ends_and_say_what_is_missing() {
 }
 
 #[test]
+fn state_changes_between_steps_alone_and_survives_a_restart() {
+    let script = "function reward(s, ctx) return (ctx.state.sum or 0) + #s.completion / 3 end
+function update_state(state, results, ctx)
+  for _, r in results do state.sum = (state.sum or 0) * 0.9 + r.reward end
+  state.last = results[#results].id
+  return state
+end";
+    let spec = || RewardSpec::new(Script::from_text("mine", script).unwrap());
+    let step = |pool: &RewardPool, step: u64| {
+        let context = Context { step, total_steps: 4, seed: 1 };
+        for ticket in 0..16u64 {
+            let completion = "x".repeat((ticket + step) as usize);
+            pool.submit(ticket, vec![Sample { completion, ..Sample::default() }], context);
+        }
+        let done: std::collections::BTreeMap<u64, Outcome> =
+            (0..16).map(|_| pool.recv()).map(|(t, mut o)| (t, o.remove(0))).collect();
+        let ids: Vec<String> = done.keys().map(|t| format!("row{t}")).collect();
+        let results = done.values().zip(&ids).map(|(o, id)| (id.as_str(), 0, "", o));
+        pool.end_step(results, &context).unwrap();
+        done.values().map(|o| o.reward.unwrap().to_bits()).collect::<Vec<_>>()
+    };
+    let (one, eight) = (RewardPool::new(vec![spec()], 1).unwrap(), RewardPool::new(vec![spec()], 8).unwrap());
+    let first = step(&one, 1);
+    assert_eq!(first, step(&eight, 1));
+    let resumed = RewardPool::new(vec![spec()], 2).unwrap();
+    resumed.set_states(&one.states());
+    let second = step(&one, 2);
+    assert_ne!(first, second);
+    assert_eq!((&second, &second), (&step(&eight, 2), &step(&resumed, 2)));
+    assert_eq!(one.states(), resumed.states());
+    assert!(one.states()[0].contains("row15"), "{:?}", one.states());
+}
+
+#[test]
+fn state_is_read_only_in_a_step_and_its_failures_have_a_line() {
+    let pool = |script: &str| {
+        RewardPool::new(vec![RewardSpec::new(Script::from_text("mine", script).unwrap())], 1).unwrap()
+    };
+    let writes =
+        pool("function reward(s, ctx) ctx.state.x = 1 return 1 end function update_state(s) return s end");
+    writes.submit(0, vec![Sample::default()], Context::default());
+    let outcome = writes.recv().1.remove(0);
+    assert!(outcome.errors[0].message.contains("readonly"), "{:?}", outcome.errors);
+    for (body, word) in [
+        ("return 1", "must return the new state"),
+        ("return { f = print }", "no JSON form"),
+        ("return { s = string.rep('x', 300000) }", "at most"),
+        ("return { x = 0 / 0 }", "not a JSON number"),
+        ("error('no')", "no"),
+        ("while true do end", "took more than"),
+    ] {
+        let bad = pool(&format!("function reward() return 1 end\nfunction update_state(state) {body} end"));
+        let error = bad.end_step([], &Context::default()).unwrap_err();
+        assert!(error.message.contains(word), "{body}: {error}");
+        assert_eq!(&*bad.states()[0], "{}", "{body}");
+    }
+}
+
+#[test]
 fn absent_libraries_say_so() {
     for name in ["coroutine.wrap", "io.open", "os.time"] {
         let outcomes = score(&format!("function reward()\n  return {name}('x')\nend"), &["x"], 1);
