@@ -10,8 +10,8 @@ use std::borrow::Cow;
 use std::ops::Range;
 
 use rft_kernels::{
-    Matrix, PANEL, Pool, bf16_panels_len, bias_backward, linear_dw, pack_panels, panels_len, take_columns,
-    to_bf16_panels, unpack_panels,
+    Buffer, Matrix, PANEL, Pool, bf16_panels_len, bias_backward, linear_dw, pack_panels, panels_len,
+    take_columns, to_bf16_panels, unpack_panels,
 };
 
 use crate::error::Result;
@@ -144,7 +144,8 @@ impl Slot {
 pub struct Arena {
     slots: Vec<Slot>,
     data: Vec<f32>,
-    bf16: Vec<u16>,
+    /// Starts at a cache line, as tile loads that straddle two cost twice.
+    bf16: Buffer<u16>,
     trainable_len: usize,
 }
 
@@ -160,7 +161,7 @@ impl Arena {
                 slot
             })
             .collect();
-        let mut arena = Self { slots, data: vec![0.0; start], bf16: Vec::new(), trainable_len: 0 };
+        let mut arena = Self { slots, data: vec![0.0; start], bf16: Buffer::default(), trainable_len: 0 };
         arena.train_only(|_| trainable);
         arena
     }
@@ -216,7 +217,7 @@ impl Arena {
                 len += bf16_panels_len(n, k);
             }
         }
-        self.bf16 = vec![0; len];
+        self.bf16 = Buffer::zeros(len);
         self.refresh(pool);
     }
 

@@ -69,6 +69,12 @@ impl<T: Zeroed> Drop for Buffer<T> {
     }
 }
 
+impl<T: Zeroed> std::fmt::Debug for Buffer<T> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Buffer").field("len", &self.len).finish_non_exhaustive()
+    }
+}
+
 impl<T: Zeroed> Deref for Buffer<T> {
     type Target = [T];
     fn deref(&self) -> &[T] {
