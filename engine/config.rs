@@ -12,6 +12,7 @@ use toml::{Table, Value};
 use crate::advantage::{AdvantageConfig, Baseline, Combine};
 use crate::data::arithmetic::ArithmeticConfig;
 use crate::error::{EngineError, Result};
+use crate::learner::optimizer::OptimizerKind;
 use crate::loss::kl::Placement;
 use crate::loss::{Objective, presets};
 
@@ -301,10 +302,12 @@ pub struct AlgorithmConfig {
     pub mask_truncated: bool,
 }
 
-/// AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) and its schedule.
+/// The optimizer and its schedule.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct OptimizerConfig {
+    /// The rule.
+    pub kind: OptimizerKind,
     /// Peak learning rate.
     pub lr: f64,
     /// Decay of the first moment.
@@ -326,6 +329,7 @@ pub struct OptimizerConfig {
 impl Default for OptimizerConfig {
     fn default() -> Self {
         Self {
+            kind: OptimizerKind::AdamW,
             lr: 1e-6,
             beta1: 0.9,
             beta2: 0.999,

@@ -1,9 +1,21 @@
-//! AdamW over the trainable slots of a policy, with state that can be saved and a norm in a fixed order.
+//! The optimizer over the trainable slots of a policy, with state that can be saved and a norm in a fixed order.
 
-use rft_kernels::{AdamwStep, Pool, adamw, sum_of_squares};
+use rft_kernels::{AdamwStep, Pool, adamw, sgd, sum_of_squares};
+use serde::{Deserialize, Serialize};
 
 use crate::config::OptimizerConfig;
 use crate::model::params::Arena;
+
+/// How a gradient becomes an update.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OptimizerKind {
+    /// AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101).
+    #[default]
+    AdamW,
+    /// Plain gradient descent, weight decay added to the gradient as in torch; the betas and `eps` are not read.
+    Sgd,
+}
 
 /// Moments of every trainable number, laid out as the gradient buffer.
 #[derive(Debug, Clone, PartialEq)]
@@ -39,6 +51,11 @@ impl AdamW {
         self.updates += 1;
         let frozen = arena.frozen_beside_trained();
         for (weights, range, decays) in arena.trainable_mut() {
+            if config.kind == OptimizerKind::Sgd {
+                let decay = if decays { config.weight_decay as f32 } else { 0.0 };
+                sgd(pool, weights, &grads[range], lr as f32, decay, clip as f32);
+                continue;
+            }
             let step = AdamwStep {
                 lr: lr as f32,
                 beta1: config.beta1 as f32,

@@ -1,4 +1,4 @@
-//! The AdamW update and the sum of squares for the gradient norm.
+//! The AdamW and the plain update, and the sum of squares for the gradient norm.
 
 use crate::pool::Pool;
 use crate::shared::Shared;
@@ -62,6 +62,20 @@ simd_fn! {
             S::store(second, &mut v[i..]);
         }
     }
+}
+
+/// `w -= lr * (grad_scale * g + weight_decay * w)`, as `torch.optim.SGD` without momentum.
+pub fn sgd(pool: &Pool, w: &mut [f32], g: &[f32], lr: f32, weight_decay: f32, grad_scale: f32) {
+    assert_eq!(w.len(), g.len(), "w and g have one length");
+    let n = w.len();
+    let w = Shared::new(w);
+    pool.run(n.div_ceil(CHUNK), |item| {
+        // SAFETY: each chunk belongs to one item.
+        let w = unsafe { w.part(item * CHUNK, CHUNK.min(n - item * CHUNK)) };
+        for (w, g) in w.iter_mut().zip(&g[item * CHUNK..]) {
+            *w -= lr * (grad_scale * g + weight_decay * *w);
+        }
+    });
 }
 
 /// Σx² in f64, by fixed chunks in ascending order.

@@ -26,7 +26,7 @@ mod shared;
 mod simd;
 
 pub use activation::{Act, glu, glu_backward};
-pub use adamw::{AdamwStep, adamw, sum_of_squares};
+pub use adamw::{AdamwStep, adamw, sgd, sum_of_squares};
 pub use attention::{
     AttnShape, PagedRun, Segment, Span, paged_attention, segment_attention, segment_attention_backward,
 };
