@@ -5,7 +5,7 @@
 --     options refined, coarse, intermediate, correct_max1, max1_step30_max3, schedule, with_length, schedule_length;
 --   "bfcl": 1 where the Berkeley leaderboard's checker passes it against `functions` and `possible_answer`, else 0;
 --     options decode ("hermes" or "python"), underscore_to_dot, greedy, ignore_broken_blocks; the row's `category`.
---     (a whole float in `possible_answer`, such as 5.0, reads as 5: verdicts that hang on the difference, about 1 in 100, differ).
+--     (both fields may be JSON text, which keeps 5.0 apart from 5; the leaderboard itself has greedy and ignore_broken_blocks on).
 -- Abstains where the row lacks the gold.
 local TOOLRL = { "refined", "coarse", "intermediate", "correct_max1", "max1_step30_max3", "schedule", "with_length", "schedule_length" }
 local BFCL = { "decode", "underscore_to_dot", "greedy", "ignore_broken_blocks" }

@@ -128,15 +128,14 @@ fn parity_lua_bfcl() {
         let case = &cases[row["case_id"].as_str().unwrap()];
         let fields = json!({"functions": case["functions"], "possible_answer": case["possible_answer"],
             "category": row["category"]});
-        let options = json!({"kind": "bfcl", "decode": row["format"]});
+        // the leaderboard's own judgement, holes included
+        let options =
+            json!({"kind": "bfcl", "decode": row["format"], "greedy": true, "ignore_broken_blocks": true});
         let found = scripts.score("tool_call", options, row["text"].as_str().unwrap(), fields, 0);
         let expected = row["valid"].as_bool().unwrap();
         tally.add(found.reward == Some(f64::from(u8::from(expected))), &row, &found);
     }
-    // Lua has one kind of number: a whole float of `possible_answer` (5.0) arrives as an integer, and the leaderboard tells
-    // the two apart. The core, held to every row elsewhere, is not affected.
-    let share = tally.share("tool_call.lua, bfcl");
-    assert!(share >= 0.98, "{}", tally.1.join("\n"));
+    tally.all("tool_call.lua, bfcl");
 }
 
 #[test]
