@@ -192,3 +192,24 @@ fn end_tokens_come_from_every_file_that_names_them() {
     let error = Tokenizer::from_folder(folder.path(), &[]).unwrap_err().to_string();
     assert!(error.contains("tokenizer.json"), "{error}");
 }
+
+#[test]
+fn merges_that_fit_no_token_are_refused_by_name() {
+    let read = |change: &dyn Fn(&mut Value)| {
+        let mut file = read_json(&fixtures().join("tokenizers/tiny-text/tokenizer.json"));
+        change(&mut file["model"]);
+        let place = tempfile::tempdir().unwrap();
+        let path = place.path().join("tokenizer.json");
+        std::fs::write(&path, file.to_string()).unwrap();
+        Tokenizer::from_file(&path).map(|_| ()).map_err(|e| e.to_string())
+    };
+    assert_eq!(read(&|_| {}), Ok(()));
+    // the prefix is one byte into a two-byte character of the second half, or longer than it
+    for prefix in ["\u{120}", "a prefix longer than any token"] {
+        let error = read(&|model| model["continuing_subword_prefix"] = json!(prefix)).unwrap_err();
+        assert!(error.contains("model.merges") && error.contains("continuing_subword_prefix"), "{error}");
+    }
+    let long = "x".repeat(300);
+    let error = read(&|model| model["merges"] = json!([[long, "y"]])).unwrap_err();
+    assert!(error.contains("longer than any"), "{error}");
+}

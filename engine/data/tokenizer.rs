@@ -256,14 +256,44 @@ impl Tokenizer {
 
 /// Reads a `tokenizer.json`.
 fn parse(path: &Path, bytes: &[u8]) -> Result<tokenizers::Tokenizer> {
-    // The tokenizers crate panics on some malformed files (found by mutation): JSON errors are caught before it, the
-    // rest around it.
-    serde_json::from_slice::<Value>(bytes)
+    // The tokenizers crate panics on some malformed files (found by mutation): what is known is refused before it, the
+    // rest is caught around it.
+    let file: Value = serde_json::from_slice(bytes)
         .map_err(|e| EngineError::malformed(path, format!("line {}", e.line()), e.to_string()))?;
+    check_merges(&file).map_err(|why| EngineError::malformed(path, "model.merges", why))?;
+    drop(file);
     let parsed = std::panic::catch_unwind(|| tokenizers::Tokenizer::from_bytes(bytes));
     parsed
         .map_err(|_| EngineError::malformed(path, "tokenizer", "some part is not what its type needs"))?
         .map_err(|e| EngineError::malformed(path, "tokenizer", e.to_string()))
+}
+
+/// Refuses merges that the crate would cut out of bounds or inside a character: a second half without the
+/// `continuing_subword_prefix`, a result longer than every token.
+fn check_merges(file: &Value) -> std::result::Result<(), String> {
+    let model = &file["model"];
+    let (Some(vocab), Some(merges)) = (model["vocab"].as_object(), model["merges"].as_array()) else {
+        return Ok(());
+    };
+    let prefix = model["continuing_subword_prefix"].as_str().unwrap_or_default();
+    let longest = vocab.keys().map(String::len).max().unwrap_or(0);
+    for merge in merges {
+        let halves = match merge {
+            Value::String(text) => text.split_once(' '),
+            Value::Array(pair) => {
+                pair.first().and_then(Value::as_str).zip(pair.get(1).and_then(Value::as_str))
+            }
+            _ => None,
+        };
+        let Some((left, right)) = halves else { continue };
+        let Some(rest) = right.strip_prefix(prefix) else {
+            return Err(format!("{merge} does not go on with the continuing_subword_prefix {prefix:?}"));
+        };
+        if left.len() + rest.len() > longest {
+            return Err(format!("{merge} makes a token that is longer than any of the vocabulary"));
+        }
+    }
+    Ok(())
 }
 
 /// The bytes without a token in a byte-level vocabulary that lacks some of printable ASCII, such as those of
