@@ -575,6 +575,13 @@ impl Recipe {
         if !(0.0..1.0).contains(&r.min_p) {
             return fail(format!("rollout.min_p must be in [0, 1), got {}", r.min_p));
         }
+        for (i, r) in self.reward.iter().enumerate() {
+            for (key, value) in [("weight", r.weight), ("error_score", r.error_score)] {
+                if !value.is_finite() {
+                    return fail(format!("reward.{i}.{key} must be a finite number, got {value}"));
+                }
+            }
+        }
         if !(self.optimizer.lr > 0.0 && self.optimizer.lr.is_finite()) {
             return fail(format!("optimizer.lr must be positive, got {}", self.optimizer.lr));
         }
@@ -739,6 +746,10 @@ mod tests {
         assert!(error.contains("gropo") && error.contains("dr_grpo"), "{error}");
         assert!(set(&["algorithm.advantage.baseline=\"greedy\""]).is_err());
         assert!(set(&["algorithm.objective.top_entropy=0.0"]).is_err());
+        for key in ["reward.0.weight=nan", "reward.1.error_score=inf"] {
+            let error = set(&[key]).unwrap_err().to_string();
+            assert!(error.contains("finite"), "{error}");
+        }
     }
 
     #[test]
