@@ -10,8 +10,9 @@ fn every_shipped_verifier_passes_its_cases() {
         assert!(cases.len() >= 4, "{name} has {} cases", cases.len());
         for case in cases {
             let spec = RewardSpec { options: case.options, ..RewardSpec::new(resolve(name).unwrap()) };
-            let outcome =
-                Verifiers::new(vec![spec]).score(&[case.sample.clone()], &Context::default()).remove(0);
+            let outcome = Verifiers::new(vec![spec])
+                .score(std::slice::from_ref(&case.sample), &Context::default())
+                .remove(0);
             let agree = match (outcome.reward, case.expect) {
                 (Some(found), Some(expected)) => (found - expected).abs() < 1e-9,
                 (found, expected) => found.is_none() && expected.is_none(),
