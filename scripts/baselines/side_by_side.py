@@ -42,7 +42,7 @@ def run(command, timeout=300):
         raise RuntimeError(f"{' '.join(command[:4])}: {done.stderr.strip()[-300:]}")
     after = cpu_seconds()
     others = ((after[0] - before[0]) - (after[1] - before[1])) / (time.time() - start)
-    return [json.loads(l) for l in done.stdout.splitlines() if l.startswith("{")], round(max(0.0, others), 2)
+    return [json.loads(l) for l in done.stdout.splitlines() if l.startswith('{"')], round(max(0.0, others), 2)
 
 
 def ours(*flags):
