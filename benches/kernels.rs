@@ -46,7 +46,7 @@ fn linear_layers(c: &mut Criterion) {
         let mut dw = Buffer::<f32>::zeros(panels.len());
         let mut scratch = Vec::new();
         for (precision, bf16) in [("f32", None), ("bf16", Some(&low[..]))] {
-            let w = Matrix { n, k, f32: &panels, bf16 };
+            let w = Matrix { n, k, f32: &panels, bf16, quantized: None };
             let mut group = c.benchmark_group(format!("linear/{name}/{precision}"));
             for m in ROWS.into_iter().filter(|m| m * n <= LARGEST) {
                 let (x, mut y, mut dx) = (numbers(m * k), numbers(m * n), numbers(m * k));

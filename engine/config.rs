@@ -3,6 +3,7 @@
 //! This is the only module that reads TOML; the others receive the small typed structs below. Unknown keys
 //! are errors that name the file, the line and the nearest valid key. `--set a.b=value` changes one key.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
@@ -79,6 +80,12 @@ pub struct ModelConfig {
     /// Train low-rank adapters and leave the base frozen.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub lora: Option<LoraConfig>,
+    /// Go on with a PEFT adapter: a folder that peft or `export` wrote.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub adapter: Option<PathBuf>,
+    /// Hold the frozen linear layers in 8 or 4 bits.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub quantize: Option<Quantize>,
     /// Only tensors whose Hugging Face names match one of these globs train; empty is all of them. In a glob `*` is any
     /// text, `?` any character, `{a,b}` one of these, `{3..7}` a whole number from 3 to 7.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -90,6 +97,16 @@ pub struct ModelConfig {
     /// drawn anew for each stage.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub half: bool,
+}
+
+/// How frozen linear layers are held.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Quantize {
+    /// 8 bits: whole numbers of 1/127 of the greatest of 64 weights.
+    Int8,
+    /// 4 bits: quantiles of a normal distribution (QLoRA, Dettmers et al. 2023, arXiv 2305.14314).
+    Nf4,
 }
 
 /// Arithmetic of the linear layers; everything between them is f32.
@@ -143,14 +160,30 @@ pub struct LoraConfig {
     pub alpha: f32,
     /// `alpha / sqrt(r)` instead (rsLoRA, Kalajdzievski 2023, arXiv 2312.03732).
     pub rslora: bool,
-    /// Projections that get an adapter, by their Hugging Face names.
+    /// Projections that get an adapter, by their Hugging Face names or the ends of them; `all-linear` is every one.
     pub targets: Vec<String>,
+    /// Share of the adapters' inputs that a training pass drops. Rollouts and the old logprobs are without it, so with
+    /// dropout the ratio of the first update is not 1; `ratio_max_dev` shows by how much.
+    pub dropout: f32,
+    /// Ranks of modules that a regular expression names, as in peft.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub rank_pattern: BTreeMap<String, usize>,
+    /// The same for `alpha`.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub alpha_pattern: BTreeMap<String, f32>,
 }
 
 impl Default for LoraConfig {
     fn default() -> Self {
-        let all = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
-        Self { rank: 16, alpha: 32.0, rslora: false, targets: all.map(String::from).to_vec() }
+        Self {
+            rank: 16,
+            alpha: 32.0,
+            rslora: false,
+            targets: vec!["all-linear".into()],
+            dropout: 0.0,
+            rank_pattern: BTreeMap::new(),
+            alpha_pattern: BTreeMap::new(),
+        }
     }
 }
 
@@ -585,15 +618,35 @@ impl Recipe {
         if !(self.optimizer.lr > 0.0 && self.optimizer.lr.is_finite()) {
             return fail(format!("optimizer.lr must be positive, got {}", self.optimizer.lr));
         }
-        if self.model.half && self.model.lora.is_some() {
-            return fail("model: `half` freezes halves of the model's own layers, and with `[model.lora]` those are frozen \
+        let model = &self.model;
+        let adapted = model.lora.is_some() || model.adapter.is_some();
+        if model.lora.is_some() && model.adapter.is_some() {
+            return fail("model: `adapter` brings its own settings, so it excludes `[model.lora]`".into());
+        }
+        if adapted && model.path.is_none() {
+            return fail("model: an adapter needs a model to adapt. hint: set `path`".into());
+        }
+        if model.quantize.is_some() && !adapted {
+            return fail(
+                "model.quantize: only frozen weights can be held in 8 or 4 bits, and without an adapter these train. \
+                 hint: add `[model.lora]`"
+                    .into(),
+            );
+        }
+        if model.half && adapted {
+            return fail("model: `half` freezes halves of the model's own layers, and with an adapter those are frozen \
                          already. hint: drop one of the two".into());
         }
         if self.train.inner_epochs == 0 {
             return fail("train.inner_epochs must be at least 1".into());
         }
-        if self.model.lora.as_ref().is_some_and(|lora| lora.rank == 0 || lora.targets.is_empty()) {
-            return fail("model.lora: `rank` must be at least 1 and `targets` not empty".into());
+        if let Some(lora) = &self.model.lora {
+            if lora.rank == 0 || lora.rank_pattern.values().any(|r| *r == 0) || lora.targets.is_empty() {
+                return fail("model.lora: `rank` must be at least 1 and `targets` not empty".into());
+            }
+            if !(0.0..1.0).contains(&lora.dropout) {
+                return fail(format!("model.lora.dropout must be in [0, 1), got {}", lora.dropout));
+            }
         }
         Ok(())
     }

@@ -7,7 +7,7 @@ use std::fmt;
 
 use rft_kernels::BLOCK;
 
-use crate::config::{Precision, Recipe};
+use crate::config::Recipe;
 use crate::error::{EngineError, Result};
 use crate::model::backprop::{LOGITS_CHUNK_BYTES, activation_bytes_per_row};
 use crate::model::policy::Policy;
@@ -22,7 +22,7 @@ const PROGRAM_BYTES: usize = 96 << 20;
 /// Bytes by purpose, and the sizes that follow from the budget.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MemoryPlan {
-    /// Weights in f32 and, in bf16 precision, their shadow.
+    /// Weights in f32 and, in bf16 precision, their shadow; quantised ones in their codes.
     pub weights: usize,
     /// Gradient buffer.
     pub gradients: usize,
@@ -59,10 +59,8 @@ impl MemoryPlan {
     ) -> Result<Self> {
         let spec = &policy.spec;
         let rollout = &recipe.rollout;
-        let bf16 = recipe.model.precision == Precision::Bf16;
-        let stored = |numbers: usize| numbers * if bf16 { 6 } else { 4 };
-        let base = policy.base.count();
-        let adapter = policy.adapter.as_ref().map_or(0, |a| a.arena.count());
+        let base = policy.base.bytes();
+        let adapter = policy.adapter.as_ref().map_or(0, |a| a.arena.bytes());
         let trainable = policy.trainable().trainable_len();
         let samples = rollout.prompts_per_step * rollout.group_size;
 
@@ -72,10 +70,10 @@ impl MemoryPlan {
         let fewest_blocks = prompt_tokens.div_ceil(BLOCK) + sample_blocks;
 
         let mut plan = Self {
-            weights: stored(base + adapter),
+            weights: base + adapter,
             gradients: 4 * trainable,
             moments: 8 * trainable,
-            reference: if needs_reference { stored(base) } else { 0 },
+            reference: if needs_reference { base } else { 0 },
             kv: 0,
             logits: samples.min(logits_rows(spec.vocab)) * spec.vocab * 4
                 + 2 * LOGITS_CHUNK_BYTES.min(512 * spec.vocab * 4),

@@ -34,8 +34,9 @@ use crate::memory::MemoryPlan;
 use crate::model::backprop::Scores;
 use crate::model::decoder::PagedDecoder;
 use crate::model::export::{ModelFiles, write_hf_folder, write_safetensors};
-use crate::model::lora::Adapter;
+use crate::model::lora::{ALL_LINEAR, Adapter};
 use crate::model::params::Arena;
+use crate::model::peft::PeftAdapter;
 use crate::model::policy::{Policy, Weights, new_model_spec};
 use crate::model::source::ModelSource;
 use crate::report::metrics::{EvalResult, StepMetrics, Summary, environment, rss_peak_bytes};
@@ -121,7 +122,7 @@ impl Run {
                         source.spec().max_positions
                     )));
                 }
-                (Policy::load_on(&pool, source, recipe.model.lora.as_ref(), recipe.seed)?, source.files()?)
+                (load_policy(&pool, source, &recipe)?, source.files()?)
             }
             (None, Some(shape)) => {
                 let eos = *tokenizer
@@ -257,8 +258,23 @@ impl Run {
                 let base = self.recipe.model.path.clone().unwrap_or_default();
                 write_adapter(out, adapter, &base.display().to_string())
             }
-            _ => write_hf_folder(out, &self.files, self.policy.merged_tensors(), "float32"),
+            _ => self.write_merged(out),
         }
+    }
+
+    /// Writes the model, adapters merged: into the source's own weights where the run holds quantised ones.
+    fn write_merged(&self, out: &Path) -> Result<()> {
+        let (Some(_), Some(path)) = (self.recipe.model.quantize, &self.recipe.model.path) else {
+            return write_hf_folder(out, &self.files, self.policy.merged_tensors(), "float32");
+        };
+        let source = ModelSource::open(path)?;
+        let mut failed = Ok(());
+        write_hf_folder(out, &self.files, self.policy.merged_from(&self.pool, &source, &mut failed), "float32")?;
+        if failed.is_err() {
+            let weights = out.join("model.safetensors");
+            std::fs::remove_file(&weights).map_err(EngineError::io(weights))?;
+        }
+        failed
     }
 
     /// Before the first step of a GRPO stage: fixes the reference policy and measures the held-out reward.
@@ -628,7 +644,7 @@ impl Run {
 
     fn finish(mut self, engine: &mut RolloutEngine, folder: &RunFolder, clock: Instant) -> Result<Summary> {
         let root = folder.root();
-        write_hf_folder(&root.join("final"), &self.files, self.policy.merged_tensors(), "float32")?;
+        self.write_merged(&root.join("final"))?;
         let after = if self.tasks.heldout.is_empty() { None } else { Some(self.evaluate(engine)?) };
         self.state.seconds += clock.elapsed().as_secs_f64();
         let components = |result: Option<&EvalResult>| -> Map<String, Value> {
@@ -661,18 +677,39 @@ impl Run {
     }
 }
 
+/// The policy of a recipe that names a model: the base, quantised or not, and its adapter, new or read.
+fn load_policy(pool: &Pool, source: &ModelSource, recipe: &Recipe) -> Result<Policy> {
+    let model = &recipe.model;
+    let adapted = model.lora.is_some() || model.adapter.is_some();
+    let mut policy = Policy::load_base(pool, source, !adapted, model.quantize)?;
+    if let Some(config) = &model.lora {
+        policy.adapter = Some(Adapter::new(&policy.spec, config, recipe.seed)?);
+    }
+    if let Some(folder) = &model.adapter {
+        PeftAdapter::open(folder)?.load_into(&mut policy, recipe.seed)?;
+    }
+    Ok(policy)
+}
+
 /// Writes `adapter_config.json` and `adapter_model.safetensors` as peft does.
 fn write_adapter(out: &Path, adapter: &Adapter, base: &str) -> Result<()> {
     std::fs::create_dir_all(out).map_err(EngineError::io(out))?;
+    // peft reads `all-linear` as a word, not in a list
+    let targets = match adapter.config.targets.iter().any(|t| t == ALL_LINEAR) {
+        true => json!(ALL_LINEAR),
+        false => json!(adapter.config.targets),
+    };
     let config = json!({
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": adapter.config.rank,
         "lora_alpha": adapter.config.alpha,
-        "lora_dropout": 0.0,
+        "lora_dropout": adapter.config.dropout,
+        "rank_pattern": adapter.config.rank_pattern,
+        "alpha_pattern": adapter.config.alpha_pattern,
         "use_rslora": adapter.config.rslora,
-        "target_modules": adapter.config.targets,
+        "target_modules": targets,
         "bias": "none",
         "inference_mode": true,
     });

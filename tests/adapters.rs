@@ -49,7 +49,7 @@ fn parity_adapters_agree_with_peft() {
         let peft = PeftAdapter::open(&folder).unwrap();
         let source = ModelSource::open(folder.join(peft.base().unwrap())).unwrap();
         let mut policy = Policy::load(&source, Some(peft.config()), 0).unwrap();
-        peft.load_into(&mut policy).unwrap();
+        peft.load_into(&mut policy, 0).unwrap();
         let scaling = policy.adapter.as_ref().unwrap().scaling;
         assert!(
             (f64::from(scaling) - notes["scaling"].as_f64().unwrap()).abs() < 1e-5,
@@ -135,7 +135,8 @@ fn broken_adapters_are_named() {
         ("peft_type", json!("IA3")),
         ("use_dora", json!(true)),
         ("bias", json!("all")),
-        ("rank_pattern", json!({"q_proj": 2})),
+        ("rank_pattern", json!({"q_proj": 0})),
+        ("alpha_pattern", json!({"q_proj": "two"})),
         ("modules_to_save", json!(["lm_head"])),
         ("r", json!(0)),
         ("lora_alpha", json!("two")),
@@ -149,7 +150,7 @@ fn broken_adapters_are_named() {
     let load = || {
         let peft = PeftAdapter::open(place.path()).unwrap();
         let mut policy = Policy::load(&source, None, 0).unwrap();
-        peft.load_into(&mut policy).unwrap_err().to_string()
+        peft.load_into(&mut policy, 0).unwrap_err().to_string()
     };
     write("r", json!(4));
     let error = load();

@@ -55,7 +55,7 @@ fn a_feed_forward_block_has_candles_gradients() {
 
     let pool = Pool::new(2);
     let (gp, dp) = (panels(&gate_up, 2 * FFN, HIDDEN), panels(&down, HIDDEN, FFN));
-    let matrix = |n, k, f32| Matrix { n, k, f32, bf16: None };
+    let matrix = |n, k, f32| Matrix { n, k, f32, bf16: None, quantized: None };
     let (mut h, mut gu) = (vec![0.0; ROWS * HIDDEN], vec![0.0; ROWS * 2 * FFN]);
     let (mut a, mut out) = (vec![0.0; ROWS * FFN], vec![0.0; ROWS * HIDDEN]);
     rms_norm(&pool, &x, &norm, EPS, 0.0, &mut h);

@@ -292,7 +292,7 @@ fn fuzz_adapter() {
         std::fs::write(folder.path().join(name), &bytes[1..]).unwrap();
         let good = PeftAdapter::open(folder.path()).is_ok_and(|adapter| {
             let policy = Policy::load(&source, Some(adapter.config()), 0);
-            policy.is_ok_and(|mut policy| adapter.load_into(&mut policy).is_ok())
+            policy.is_ok_and(|mut policy| adapter.load_into(&mut policy, 0).is_ok())
         });
         std::fs::write(folder.path().join(name), whole).unwrap();
         good

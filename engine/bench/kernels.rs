@@ -79,7 +79,7 @@ impl Weights {
     }
 
     fn matrix(&self) -> Matrix<'_> {
-        Matrix { n: self.n, k: self.k, f32: &self.f32, bf16: self.bf16.as_deref() }
+        Matrix { n: self.n, k: self.k, f32: &self.f32, bf16: self.bf16.as_deref(), quantized: None }
     }
 }
 

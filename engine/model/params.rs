@@ -4,13 +4,14 @@
 //! made of several Hugging Face tensors stacked by rows. Which tensors train is one mask ([`Arena::train_only`]);
 //! gradients and optimizer moments live in buffers of [`Arena::trainable_len`] numbers that hold the trained rows
 //! in slot order, so every sum over parameters has one fixed order and what is frozen takes no room. In bf16
-//! precision the matrices have a bf16 shadow, remade after each update.
+//! precision the matrices have a bf16 shadow, remade after each update. Frozen matrices may be held in 8 or 4 bits
+//! instead ([`Arena::with_quantized`]).
 
 use std::borrow::Cow;
 use std::ops::Range;
 
 use rft_kernels::{
-    Buffer, Matrix, PANEL, Pool, bf16_panels_len, bias_backward, linear_dw, pack_panels, panels_len,
+    Buffer, Code, Matrix, PANEL, Pool, Quantized, bf16_panels_len, bias_backward, linear_dw, pack_panels, panels_len,
     take_columns, to_bf16_panels, unpack_panels,
 };
 
@@ -71,6 +72,8 @@ pub struct Slot {
     pub trained: Vec<Trained>,
     start: usize,
     bf16_start: usize,
+    /// Where it is in the arena's quantised matrices, if it is one.
+    quantized: Option<usize>,
 }
 
 /// Rows of a slot that receive gradients and updates.
@@ -102,8 +105,16 @@ impl Slot {
         }
     }
 
+    /// f32 numbers held.
+    fn stored_len(&self) -> usize {
+        if self.quantized.is_some() { 0 } else { self.shape.stored_len() }
+    }
+
     /// The runs of trained rows for a choice of tensors, their gradients from `at` on.
     fn runs(&self, trains: &impl Fn(&str) -> bool, mut at: usize) -> Vec<Trained> {
+        if self.quantized.is_some() {
+            return Vec::new();
+        }
         let (panel, k) = match self.shape {
             Shape::Matrix { k, .. } => (PANEL, k),
             Shape::Vector(_) => (1, 1),
@@ -146,24 +157,38 @@ pub struct Arena {
     data: Vec<f32>,
     /// Starts at a cache line, as tile loads that straddle two cost twice.
     bf16: Buffer<u16>,
+    quantized: Vec<Quantized>,
     trainable_len: usize,
 }
 
 impl Arena {
     /// Zero-filled slots in the given order.
     pub fn new(layout: Vec<(Shape, Vec<Part>)>, trainable: bool) -> Self {
-        let mut start = 0;
-        let slots = layout
-            .into_iter()
-            .map(|(shape, parts)| {
-                let slot = Slot { shape, parts, trained: Vec::new(), start, bf16_start: 0 };
-                start += shape.stored_len();
-                slot
-            })
-            .collect();
-        let mut arena = Self { slots, data: vec![0.0; start], bf16: Buffer::default(), trainable_len: 0 };
+        let mut arena = Self::with_quantized(layout, None, |_| false);
         arena.train_only(|_| trainable);
         arena
+    }
+
+    /// Frozen slots in the given order; the matrices whose tensors `which` says yes to, by name, are held in `code`.
+    pub fn with_quantized(
+        layout: Vec<(Shape, Vec<Part>)>,
+        code: Option<Code>,
+        which: impl Fn(&str) -> bool,
+    ) -> Self {
+        let (mut start, mut quantized) = (0, Vec::new());
+        let mut slots = Vec::with_capacity(layout.len());
+        for (shape, parts) in layout {
+            let mut slot = Slot { shape, parts, trained: Vec::new(), start, bf16_start: 0, quantized: None };
+            if let (Some(code), Shape::Matrix { n, k }) = (code, shape)
+                && slot.parts.iter().all(|part| which(&part.name))
+            {
+                slot.quantized = Some(quantized.len());
+                quantized.push(Quantized::zeros(n, k, code));
+            }
+            start += slot.stored_len();
+            slots.push(slot);
+        }
+        Self { slots, data: vec![0.0; start], bf16: Buffer::default(), quantized, trainable_len: 0 }
     }
 
     /// Trains the tensors that `trains` says yes to, by name, and freezes the others.
@@ -203,15 +228,32 @@ impl Arena {
         self.slots.iter().map(trained).sum()
     }
 
-    /// Bytes held: f32 weights and the bf16 shadow.
+    /// Bytes held: f32 weights, the bf16 shadow, quantised matrices.
     pub fn bytes(&self) -> usize {
-        self.data.len() * 4 + self.bf16.len() * 2
+        let quantized: usize = self.quantized.iter().map(Quantized::bytes).sum();
+        self.data.len() * 4 + self.bf16.len() * 2 + quantized
+    }
+
+    /// Whether a slot is held in 8 or 4 bits: then only [`Arena::matrix`] gives it.
+    pub fn is_quantized(&self, id: SlotId) -> bool {
+        self.slots[id].quantized.is_some()
+    }
+
+    /// A slot's codes, if it is held in 8 or 4 bits.
+    pub fn matrix_codes(&self, id: SlotId) -> Option<&Quantized> {
+        self.slots[id].quantized.map(|at| &self.quantized[at])
+    }
+
+    /// As [`Arena::matrix_codes`], writable.
+    pub fn quantized_mut(&mut self, id: SlotId) -> Option<&mut Quantized> {
+        self.slots[id].quantized.map(|at| &mut self.quantized[at])
     }
 
     /// Keeps a bf16 copy of every matrix from now on.
     pub fn enable_bf16(&mut self, pool: &Pool) {
         let mut len = 0;
-        for slot in &mut self.slots {
+        self.quantized.iter_mut().for_each(Quantized::use_bf16);
+        for slot in self.slots.iter_mut().filter(|slot| slot.quantized.is_none()) {
             if let Shape::Matrix { n, k } = slot.shape {
                 slot.bf16_start = len;
                 len += bf16_panels_len(n, k);
@@ -226,7 +268,7 @@ impl Arena {
         if self.bf16.is_empty() {
             return;
         }
-        for slot in &self.slots {
+        for slot in self.slots.iter().filter(|slot| slot.quantized.is_none()) {
             if let Shape::Matrix { n, k } = slot.shape {
                 let out = &mut self.bf16[slot.bf16_start..slot.bf16_start + bf16_panels_len(n, k)];
                 to_bf16_panels(pool, &self.data[slot.start..slot.start + slot.shape.stored_len()], n, k, out);
@@ -238,21 +280,24 @@ impl Arena {
     pub fn matrix(&self, id: SlotId) -> Matrix<'_> {
         let slot = &self.slots[id];
         let Shape::Matrix { n, k } = slot.shape else { unreachable!("slot {id} is a vector") };
+        if let Some(at) = slot.quantized {
+            return Matrix { n, k, f32: &[], bf16: None, quantized: Some(&self.quantized[at]) };
+        }
         let bf16 = (!self.bf16.is_empty())
             .then(|| &self.bf16[slot.bf16_start..slot.bf16_start + bf16_panels_len(n, k)]);
-        Matrix { n, k, f32: &self.data[slot.start..slot.start + slot.shape.stored_len()], bf16 }
+        Matrix { n, k, f32: &self.data[slot.start..slot.start + slot.shape.stored_len()], bf16, quantized: None }
     }
 
-    /// The stored numbers of a slot: a vector, or a matrix's panels.
+    /// The stored numbers of a slot: a vector, or a matrix's panels; none of a quantised one.
     pub fn values(&self, id: SlotId) -> &[f32] {
         let slot = &self.slots[id];
-        &self.data[slot.start..slot.start + slot.shape.stored_len()]
+        &self.data[slot.start..slot.start + slot.stored_len()]
     }
 
     /// As [`Arena::values`], writable. [`Arena::refresh`] afterwards.
     pub fn values_mut(&mut self, id: SlotId) -> &mut [f32] {
         let slot = &self.slots[id];
-        &mut self.data[slot.start..slot.start + slot.shape.stored_len()]
+        &mut self.data[slot.start..slot.start + slot.stored_len()]
     }
 
     /// Where the gradient of a slot's trained rows lies in a gradient buffer; `None` for a frozen slot.
@@ -348,7 +393,10 @@ impl Arena {
                 for part in &slot.parts[1..] {
                     rows.extend_from_slice(&fetch(&part.name, &[part.rows, k])?);
                 }
-                pack_panels(&rows, n, k, self.values_mut(id));
+                match self.quantized_mut(id) {
+                    Some(quantized) => quantized.set_rows(&Pool::new(1), 0, &rows),
+                    None => pack_panels(&rows, n, k, self.values_mut(id)),
+                }
             }
         }
         Ok(())

@@ -1,6 +1,6 @@
 //! A PEFT LoRA adapter on disk: `adapter_config.json` and `adapter_model.safetensors`, read.
 //!
-//! What the config asks for and the engine does not do (DoRA, biases, per-layer ranks, …) is an error that names
+//! What the config asks for and the engine does not do (DoRA, biases, …) is an error that names
 //! the field; so is a stored matrix that no adapter site takes.
 
 use std::collections::BTreeMap;
@@ -26,16 +26,14 @@ pub struct PeftAdapter {
 }
 
 /// Fields that may only be off.
-const MUST_BE_OFF: [&str; 14] = [
+const MUST_BE_OFF: [&str; 12] = [
     "alora_invocation_tokens",
-    "alpha_pattern",
     "exclude_modules",
     "fan_in_fan_out",
     "layer_replication",
     "layers_to_transform",
     "lora_bias",
     "modules_to_save",
-    "rank_pattern",
     "target_parameters",
     "trainable_token_indices",
     "use_bdlora",
@@ -78,12 +76,12 @@ impl PeftAdapter {
         self.base.as_deref()
     }
 
-    /// Puts the adapter on a policy's base model, in place of one that it has.
+    /// Puts the adapter on a policy's base model, in place of one that it has; `seed` is its dropout's.
     ///
     /// # Errors
     /// Missing or misshapen matrices, and stored ones that fit nowhere, each by name.
-    pub fn load_into(&self, policy: &mut Policy) -> Result<()> {
-        let mut adapter = Adapter::new(&policy.spec, &self.config, 0)?;
+    pub fn load_into(&self, policy: &mut Policy, seed: u64) -> Result<()> {
+        let mut adapter = Adapter::new(&policy.spec, &self.config, seed)?;
         let mut used = 0;
         for id in 0..adapter.arena.slots().len() {
             adapter.arena.load_slot(id, |name, shape| {
@@ -143,12 +141,11 @@ fn lora_config(fields: &Map<String, Value>) -> std::result::Result<LoraConfig, (
     }
     let rank = get("r").and_then(Value::as_u64).filter(|r| (1..=4096).contains(r));
     let alpha = get("lora_alpha").and_then(Value::as_f64).filter(|a| a.is_finite());
-    let default = LoraConfig::default();
     let targets = match get("target_modules") {
         Some(Value::Array(list)) => {
             list.iter().map(|t| t.as_str().map(str::to_string)).collect::<Option<Vec<_>>>()
         }
-        Some(Value::String(all)) if all == "all-linear" => Some(default.targets.clone()),
+        Some(Value::String(all)) if all == "all-linear" => Some(vec![all.clone()]),
         _ => None,
     };
     Ok(LoraConfig {
@@ -156,5 +153,37 @@ fn lora_config(fields: &Map<String, Value>) -> std::result::Result<LoraConfig, (
         alpha: alpha.ok_or_else(|| expect("lora_alpha", "a number"))? as f32,
         rslora: get("use_rslora").and_then(Value::as_bool).unwrap_or(false),
         targets: targets.ok_or_else(|| expect("target_modules", "a list of projection names"))?,
+        dropout: match get("lora_dropout") {
+            None => 0.0,
+            Some(rate) => {
+                let rate = rate.as_f64().filter(|rate| (0.0..1.0).contains(rate));
+                rate.ok_or_else(|| expect("lora_dropout", "a number in [0, 1)"))? as f32
+            }
+        },
+        rank_pattern: pattern(fields, "rank_pattern", "whole numbers from 1 to 4096", |value| {
+            value.as_u64().filter(|r| (1..=4096).contains(r)).map(|r| r as usize)
+        })?,
+        alpha_pattern: pattern(fields, "alpha_pattern", "numbers", |value| {
+            value.as_f64().filter(|a| a.is_finite()).map(|a| a as f32)
+        })?,
     })
+}
+
+/// A table from patterns to numbers; absent is empty.
+fn pattern<T>(
+    fields: &Map<String, Value>,
+    key: &'static str,
+    what: &str,
+    number: impl Fn(&Value) -> Option<T>,
+) -> std::result::Result<BTreeMap<String, T>, (&'static str, String)> {
+    let map = match fields.get(key) {
+        None | Some(Value::Null) => return Ok(BTreeMap::new()),
+        Some(Value::Object(map)) => map,
+        Some(other) => return Err((key, format!("expected an object, found {other}"))),
+    };
+    let entry = |(name, value): (&String, &Value)| {
+        let number = number(value).ok_or_else(|| (key, format!("expected {what}, found {value} for `{name}`")))?;
+        Ok((name.clone(), number))
+    };
+    map.iter().map(entry).collect()
 }

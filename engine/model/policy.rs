@@ -4,13 +4,15 @@
 //! (the reference is the same view with the adapter off, or over a frozen copy). Loading and naming follow the
 //! Hugging Face layout of the family.
 
-use rft_kernels::{Act, AttnShape, Pool, Rope, Write, add_bias, linear, linear_dx};
+use std::borrow::Cow;
 
-use crate::config::{LoraConfig, ModelConfig, NewModelConfig, Precision};
+use rft_kernels::{Act, AttnShape, Code, Pool, Rope, Write, add_bias, linear, linear_dx};
+
+use crate::config::{LoraConfig, ModelConfig, NewModelConfig, Precision, Quantize};
 use crate::error::Result;
 use crate::model::experts::ExpertSlots;
 use crate::model::freeze::{Candidate, trained_names};
-use crate::model::lora::{Adapter, LoraScratch};
+use crate::model::lora::{Adapter, DropKeys, LoraScratch};
 use crate::model::params::{Arena, Part, Shape, SlotId};
 use crate::model::rows::fill_slot;
 use crate::model::source::ModelSource;
@@ -140,6 +142,8 @@ pub struct Grads {
 /// Buffers of [`Weights::project`] and its backward.
 #[derive(Debug, Default)]
 pub struct ProjectScratch {
+    /// With dropout: the update's number and the key of every row; `None` in every pass but training's.
+    pub drop: Option<(u64, Vec<u64>)>,
     lora: LoraScratch,
     transpose: Vec<f32>,
     columns: Vec<f32>,
@@ -237,9 +241,18 @@ fn layout(spec: &ModelSpec) -> (Vec<(Shape, Vec<Part>)>, ModelSlots) {
 }
 
 impl Policy {
-    fn with_spec(spec: ModelSpec, trainable: bool) -> Self {
+    fn with_spec(spec: ModelSpec, trainable: bool, quantize: Option<Quantize>) -> Self {
         let (layout, slots) = layout(&spec);
-        let base = Arena::new(layout, trainable);
+        let base = match quantize {
+            None => Arena::new(layout, trainable),
+            Some(code) => {
+                let code = if code == Quantize::Int8 { Code::Int8 } else { Code::Nf4 };
+                // routers are small and decide much
+                let linear =
+                    |name: &str| name.starts_with("model.layers.") && !name.ends_with(".gate.weight");
+                Arena::with_quantized(layout, Some(code), linear)
+            }
+        };
         Self { spec, base, adapter: None, version: PolicyVersion(0), slots, ropes: Vec::new(), positions: 0 }
     }
 
@@ -256,6 +269,24 @@ impl Policy {
     /// # Errors
     /// As [`Policy::load`].
     pub fn load_on(pool: &Pool, source: &ModelSource, lora: Option<&LoraConfig>, seed: u64) -> Result<Self> {
+        let mut policy = Self::load_base(pool, source, lora.is_none(), None)?;
+        if let Some(config) = lora {
+            policy.adapter = Some(Adapter::new(&policy.spec, config, seed)?);
+        }
+        Ok(policy)
+    }
+
+    /// Loads a model's weights without an adapter; with `quantize`, those of the layers' linear parts are held in 8 or
+    /// 4 bits, and nothing trains.
+    ///
+    /// # Errors
+    /// As [`Policy::load`].
+    pub fn load_base(
+        pool: &Pool,
+        source: &ModelSource,
+        trainable: bool,
+        quantize: Option<Quantize>,
+    ) -> Result<Self> {
         // a config that lies about sizes must not decide how much is allocated
         let mut names = Vec::new();
         for (shape, parts) in layout(source.spec()).0 {
@@ -268,12 +299,9 @@ impl Policy {
             }
         }
         source.refuse_unused(&names)?;
-        let mut policy = Self::with_spec(source.spec().clone(), lora.is_none());
+        let mut policy = Self::with_spec(source.spec().clone(), trainable, quantize);
         for id in 0..policy.base.slots().len() {
             fill_slot(pool, source, &mut policy.base, id)?;
-        }
-        if let Some(config) = lora {
-            policy.adapter = Some(Adapter::new(&policy.spec, config, seed)?);
         }
         Ok(policy)
     }
@@ -282,7 +310,7 @@ impl Policy {
     /// of GPT-2 small, Radford et al. 2019), projections into the residual stream scaled by 1/sqrt(2 layers) as there,
     /// norms at their neutral value.
     pub fn init(spec: ModelSpec, seed: u64) -> Self {
-        let mut policy = Self::with_spec(spec, true);
+        let mut policy = Self::with_spec(spec, true, None);
         let width = policy.spec.hidden as f64;
         let residual = 1.0 / (2.0 * policy.spec.layers as f64).sqrt();
         let into_residual: Vec<SlotId> = policy
@@ -319,7 +347,7 @@ impl Policy {
     /// # Errors
     /// An adapter target that does not exist.
     pub fn with_adapter(self, config: &LoraConfig, seed: u64) -> Result<Self> {
-        let mut frozen = Self::with_spec(self.spec.clone(), false);
+        let mut frozen = Self::with_spec(self.spec.clone(), false, None);
         for id in 0..self.base.slots().len() {
             frozen.base.values_mut(id).copy_from_slice(self.base.values(id));
         }
@@ -410,10 +438,40 @@ impl Policy {
         self.trainable().trainable_count()
     }
 
-    /// Every tensor under its Hugging Face name, adapters merged; row-major f32.
+    /// Every tensor under its Hugging Face name, adapters merged; row-major f32. Those of a quantised base are
+    /// what their codes stand for (see [`Policy::merged_from`]).
     pub fn merged_tensors(&self) -> impl Iterator<Item = (String, Vec<usize>, Vec<f32>)> + '_ {
         (0..self.base.slots().len()).flat_map(move |id| {
-            let values = self.base.values(id);
+            let values = match self.base.matrix_codes(id) {
+                Some(codes) => Cow::Owned(codes.panels(&Pool::new(1))),
+                None => Cow::Borrowed(self.base.values(id)),
+            };
+            self.merge_slot(id, &values)
+        })
+    }
+
+    /// As [`Policy::merged_tensors`], with the source's own numbers in place of quantised ones. One slot is held at a
+    /// time; the first failure to read ends the tensors and is left in `failed`.
+    pub fn merged_from<'a>(
+        &'a self,
+        pool: &'a Pool,
+        source: &'a ModelSource,
+        failed: &'a mut Result<()>,
+    ) -> impl Iterator<Item = (String, Vec<usize>, Vec<f32>)> + 'a {
+        let slots = (0..self.base.slots().len()).map_while(move |id| {
+            if !self.base.is_quantized(id) {
+                return Some(self.merge_slot(id, self.base.values(id)));
+            }
+            let slot = &self.base.slots()[id];
+            let mut own = Arena::new(vec![(slot.shape, slot.parts.clone())], false);
+            *failed = fill_slot(pool, source, &mut own, 0);
+            failed.is_ok().then(|| self.merge_slot(id, own.values(0)))
+        });
+        slots.flatten()
+    }
+
+    /// The tensors of a slot whose stored numbers are `values`, adapters merged.
+    fn merge_slot(&self, id: SlotId, values: &[f32]) -> Vec<(String, Vec<usize>, Vec<f32>)> {
             match (&self.adapter, self.projection_of(id), self.base.slots()[id].shape) {
                 (Some(adapter), Some((layer, projection)), Shape::Matrix { n, k }) => {
                     let mut rows = vec![0.0; n * k];
@@ -425,7 +483,6 @@ impl Policy {
                 }
                 _ => self.base.tensors_of(id, values),
             }
-        })
     }
 
     fn projection_of(&self, id: SlotId) -> Option<(usize, Projection)> {
@@ -511,7 +568,9 @@ impl<'a> Weights<'a> {
             add_bias(pool, y, m, self.base.values(bias));
         }
         if let Some(adapter) = self.adapter {
-            adapter.forward(pool, layer, projection, x, m, y, &mut scratch.lora);
+            let ProjectScratch { lora, drop, .. } = scratch;
+            let drop = drop.as_ref().map(|(step, rows)| DropKeys { step: *step, rows });
+            adapter.forward(pool, layer, projection, x, m, y, drop, lora);
         }
     }
 
@@ -539,7 +598,9 @@ impl<'a> Weights<'a> {
             self.base.add_bias_gradient(pool, bias, dy, m, &mut grads.base, &mut scratch.columns);
         }
         if let Some(adapter) = self.adapter {
-            adapter.backward(pool, layer, projection, x, m, dy, dx, &mut grads.adapter, &mut scratch.lora);
+            let ProjectScratch { lora, drop, .. } = scratch;
+            let drop = drop.as_ref().map(|(step, rows)| DropKeys { step: *step, rows });
+            adapter.backward(pool, layer, projection, x, m, dy, dx, &mut grads.adapter, drop, lora);
         }
     }
 }

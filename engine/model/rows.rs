@@ -142,6 +142,26 @@ pub(super) fn fill_slot(pool: &Pool, source: &ModelSource, arena: &mut Arena, id
         row += part.rows;
     }
     let io = |e| source.read_error(e);
+    let row_bytes = parts.iter().map(|(_, stored)| stored.place.row_bytes()).max().unwrap_or(0);
+    let batch = (BATCH_BYTES / (row_bytes * PANEL).max(1)).max(1);
+    if let (Shape::Matrix { n, k }, Some(quantized)) = (shape, arena.quantized_mut(id)) {
+        let mut rows = Vec::new();
+        for first in (0..n).step_by(batch * PANEL) {
+            let some = first..(first + batch * PANEL).min(n);
+            rows.resize(some.len() * k, 0.0);
+            for (of, stored) in &parts {
+                let (from, to) = (of.start.max(some.start), of.end.min(some.end));
+                if from < to {
+                    let mapped = stored.map(from - of.start..to - of.start).map_err(io)?;
+                    pool.map_chunks(&mut rows[(from - first) * k..(to - first) * k], k, |r, row| {
+                        mapped.read(from - of.start + r, row);
+                    });
+                }
+            }
+            quantized.set_rows(pool, first, &rows);
+        }
+        return Ok(());
+    }
     let values = arena.values_mut(id);
     let Shape::Matrix { n, k } = shape else {
         for (at, stored) in &parts {
@@ -149,8 +169,6 @@ pub(super) fn fill_slot(pool: &Pool, source: &ModelSource, arena: &mut Arena, id
         }
         return Ok(());
     };
-    let row_bytes = parts.iter().map(|(_, stored)| stored.place.row_bytes()).max().unwrap_or(0);
-    let batch = (BATCH_BYTES / (row_bytes * PANEL).max(1)).max(1);
     for (b, values) in values.chunks_mut((batch * PANEL * k).max(1)).enumerate() {
         let rows = b * batch * PANEL..((b + 1) * batch * PANEL).min(n);
         let mut mapped = Vec::new();

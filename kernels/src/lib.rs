@@ -13,12 +13,14 @@ mod buffer;
 mod cache;
 mod columns;
 mod distribution;
+mod dropout;
 mod gemm;
 mod isa;
 mod math;
 mod norm;
 mod panel;
 mod pool;
+mod quantized;
 pub mod reference;
 mod roofline;
 mod rope;
@@ -34,6 +36,7 @@ pub use buffer::Buffer;
 pub use cache::{BLOCK, copy_block, store_kv};
 pub use columns::{add_bias, add_columns, bias_backward, take_columns};
 pub use distribution::{RowStats, Warp, argmax, draw, row_backward, warp_row};
+pub use dropout::dropout;
 pub use gemm::{
     Bf16Rule, Matrix, STEP, Write, bf16_panels_len, bf16_rule, linear, linear_dw, linear_dx,
     select_bf16_rule, to_bf16_panels,
@@ -42,5 +45,6 @@ pub use isa::{Isa, isa, select_isa};
 pub use norm::{add_rms_norm, rms_norm, rms_norm_backward};
 pub use panel::{PANEL, gather_rows, pack_panels, panels_len, scatter_add_rows, unpack_panels};
 pub use pool::Pool;
+pub use quantized::{Code, NF4, QUANT_BLOCK, Quantized};
 pub use roofline::{Roofline, roofline};
 pub use rope::{QkNorm, Rope, qk_rope, qk_rope_backward};

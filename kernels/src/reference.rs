@@ -1,6 +1,6 @@
 //! Naive f64 twins of the kernels: the oracle of the tests. Matrices are row-major; nothing here is fast.
 
-use crate::{Act, AdamwStep, AttnShape, Segment, Warp};
+use crate::{Act, AdamwStep, AttnShape, Code, NF4, QUANT_BLOCK, Segment, Warp};
 
 /// The bf16 nearest to x (ties to even), as f32.
 pub fn to_bf16(x: f32) -> f32 {
@@ -38,6 +38,24 @@ pub fn linear_dw(dy: &[f32], x: &[f32], m: usize, n: usize, k: usize) -> Vec<f64
         }
     }
     dw
+}
+
+/// w[n, k] coded and decoded: in each block of a row's inputs the nearest of all the values that a code stands for.
+pub fn quantized(w: &[f32], n: usize, k: usize, code: Code) -> Vec<f64> {
+    let values: Vec<f64> = match code {
+        Code::Int8 => (-127..=127).map(|i| f64::from(i) / 127.0).collect(),
+        Code::Nf4 => wide(&NF4),
+    };
+    let mut out = Vec::with_capacity(n * k);
+    for block in w.chunks(k).flat_map(|row| row.chunks(QUANT_BLOCK)) {
+        let scale = block.iter().fold(0.0, |most: f64, x| most.max(f64::from(x.abs())));
+        for &x in block {
+            let distance = |v: &f64| (v * scale - f64::from(x)).abs();
+            let nearest = values.iter().min_by(|a, b| distance(a).total_cmp(&distance(b)));
+            out.push(nearest.expect("there are values") * scale);
+        }
+    }
+    out
 }
 
 /// The numbers in f64.

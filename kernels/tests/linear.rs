@@ -39,7 +39,7 @@ impl Case {
         let panels = panels(&self.w, n, k);
         let mut low = vec![u16::MAX; bf16_panels_len(n, k)];
         to_bf16_panels(&pool, &panels, n, k, &mut low);
-        let w = Matrix { n, k, f32: &panels, bf16: bf16.then_some(&low) };
+        let w = Matrix { n, k, f32: &panels, bf16: bf16.then_some(&low), quantized: None };
         let (mut y, mut dx) = (vec![start; m * n], vec![start; m * k]);
         linear(&pool, &self.x, m, w, &mut y, write);
         linear_dx(&pool, &self.dy, m, w, &mut dx, write, &mut Vec::new());

@@ -19,6 +19,7 @@ pub use bf16::{Bf16Rule, STEP, bf16_panels_len, bf16_rule, select_bf16_rule, to_
 
 use crate::panel::panels_len;
 use crate::pool::Pool;
+use crate::quantized::Quantized;
 
 /// An [n, k] weight matrix (n outputs, k inputs) in panels.
 #[derive(Clone, Copy, Debug)]
@@ -31,13 +32,16 @@ pub struct Matrix<'a> {
     pub f32: &'a [f32],
     /// [`bf16_panels_len`] numbers; where present, products are made in bf16 and summed in f32.
     pub bf16: Option<&'a [u16]>,
+    /// Where present, the weights are these, and the other two are empty.
+    pub quantized: Option<&'a Quantized>,
 }
 
 impl Matrix<'_> {
     fn check(&self) {
-        match self.bf16 {
-            Some(bf16) => assert_eq!(bf16.len(), bf16_panels_len(self.n, self.k), "bf16 panels of [n, k]"),
-            None => assert_eq!(self.f32.len(), panels_len(self.n, self.k), "panels of [n, k]"),
+        match (self.quantized, self.bf16) {
+            (Some(quantized), _) => assert_eq!((quantized.n(), quantized.k()), (self.n, self.k), "[n, k]"),
+            (_, Some(bf16)) => assert_eq!(bf16.len(), bf16_panels_len(self.n, self.k), "bf16 panels of [n, k]"),
+            (_, None) => assert_eq!(self.f32.len(), panels_len(self.n, self.k), "panels of [n, k]"),
         }
     }
 }
@@ -56,9 +60,10 @@ pub fn linear(pool: &Pool, x: &[f32], m: usize, w: Matrix, y: &mut [f32], write:
     w.check();
     assert_eq!(x.len(), m * w.k, "x is [m, k]");
     assert_eq!(y.len(), m * w.n, "y is [m, n]");
-    match w.bf16 {
-        Some(bf16) => bf16::forward(pool, x, m, bf16, w.n, w.k, y, write),
-        None => f32::forward(pool, x, m, w.f32, w.n, w.k, y, write),
+    match (w.quantized, w.bf16) {
+        (Some(quantized), _) => quantized.linear(pool, x, m, y, write),
+        (_, Some(bf16)) => bf16::forward(pool, x, m, bf16, w.n, w.k, y, write),
+        (_, None) => f32::forward(pool, x, m, w.f32, w.n, w.k, y, write),
     }
 }
 
@@ -77,9 +82,10 @@ pub fn linear_dx(
     w.check();
     assert_eq!(dy.len(), m * w.n, "dy is [m, n]");
     assert_eq!(dx.len(), m * w.k, "dx is [m, k]");
-    match w.bf16 {
-        Some(bf16) => bf16::input_gradient(pool, dy, m, bf16, w.n, w.k, dx, write),
-        None => f32::input_gradient(pool, dy, m, w.f32, w.n, w.k, dx, write, scratch),
+    match (w.quantized, w.bf16) {
+        (Some(quantized), _) => quantized.linear_dx(pool, dy, m, dx, write, scratch),
+        (_, Some(bf16)) => bf16::input_gradient(pool, dy, m, bf16, w.n, w.k, dx, write),
+        (_, None) => f32::input_gradient(pool, dy, m, w.f32, w.n, w.k, dx, write, scratch),
     }
 }
 
