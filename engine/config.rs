@@ -548,6 +548,12 @@ impl Recipe {
                 );
             }
         }
+        if objective.sampler_correction.is_some() {
+            return fail(
+                "algorithm.objective.sampler_correction weighs rollouts of another engine, whose logprobs differ from the \
+                 learner's; here they are the same bits and nothing is left to correct. hint: remove it",
+            );
+        }
         if !(objective.top_entropy > 0.0 && objective.top_entropy <= 1.0) {
             return Err(EngineError::Config(format!(
                 "algorithm.objective.top_entropy must be in (0, 1], got {}",
@@ -623,9 +629,6 @@ impl Recipe {
         if model.lora.is_some() && model.adapter.is_some() {
             return fail("model: `adapter` brings its own settings, so it excludes `[model.lora]`".into());
         }
-        if adapted && model.path.is_none() {
-            return fail("model: an adapter needs a model to adapt. hint: set `path`".into());
-        }
         if model.quantize.is_some() && !adapted {
             return fail(
                 "model.quantize: only frozen weights can be held in 8 or 4 bits, and without an adapter these train. \
@@ -636,6 +639,9 @@ impl Recipe {
         if model.half && adapted {
             return fail("model: `half` freezes halves of the model's own layers, and with an adapter those are frozen \
                          already. hint: drop one of the two".into());
+        }
+        if adapted && model.path.is_none() {
+            return fail("model: an adapter needs a model to adapt. hint: set `path`".into());
         }
         if self.train.inner_epochs == 0 {
             return fail("train.inner_epochs must be at least 1".into());
@@ -799,6 +805,10 @@ mod tests {
         assert!(error.contains("gropo") && error.contains("dr_grpo"), "{error}");
         assert!(set(&["algorithm.advantage.baseline=\"greedy\""]).is_err());
         assert!(set(&["algorithm.objective.top_entropy=0.0"]).is_err());
+        let correction =
+            "algorithm.objective.sampler_correction={level=\"token\", out_of_bounds=\"truncate\", max=2.0}";
+        let refused = set(&[correction]).unwrap_err().to_string();
+        assert!(refused.contains("nothing is left to correct"), "{refused}");
         for key in ["reward.0.weight=nan", "reward.1.error_score=inf"] {
             let error = set(&[key]).unwrap_err().to_string();
             assert!(error.contains("finite"), "{error}");

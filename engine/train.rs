@@ -269,7 +269,12 @@ impl Run {
         };
         let source = ModelSource::open(path)?;
         let mut failed = Ok(());
-        write_hf_folder(out, &self.files, self.policy.merged_from(&self.pool, &source, &mut failed), "float32")?;
+        write_hf_folder(
+            out,
+            &self.files,
+            self.policy.merged_from(&self.pool, &source, &mut failed),
+            "float32",
+        )?;
         if failed.is_err() {
             let weights = out.join("model.safetensors");
             std::fs::remove_file(&weights).map_err(EngineError::io(weights))?;
@@ -691,13 +696,24 @@ fn load_policy(pool: &Pool, source: &ModelSource, recipe: &Recipe) -> Result<Pol
     Ok(policy)
 }
 
+/// `q_proj` of `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`.
+fn module(tensor: &str) -> Option<&str> {
+    tensor.split_once(".lora_")?.0.rsplit('.').next()
+}
+
 /// Writes `adapter_config.json` and `adapter_model.safetensors` as peft does.
 fn write_adapter(out: &Path, adapter: &Adapter, base: &str) -> Result<()> {
     std::fs::create_dir_all(out).map_err(EngineError::io(out))?;
-    // peft reads `all-linear` as a word, not in a list
-    let targets = match adapter.config.targets.iter().any(|t| t == ALL_LINEAR) {
-        true => json!(ALL_LINEAR),
-        false => json!(adapter.config.targets),
+    // other loaders than peft's want the modules by name
+    let targets: BTreeSet<&str> = match adapter.config.targets.iter().any(|t| t == ALL_LINEAR) {
+        true => adapter
+            .arena
+            .slots()
+            .iter()
+            .flat_map(|slot| &slot.parts)
+            .filter_map(|p| module(&p.name))
+            .collect(),
+        false => adapter.config.targets.iter().map(String::as_str).collect(),
     };
     let config = json!({
         "peft_type": "LORA",

@@ -1,8 +1,8 @@
 //! The hand-written backward pass against finite differences, with every trainable tensor covered.
 
 use rft_engine::config::{LoraConfig, NewModelConfig, Precision};
-use rft_engine::learner::batch::{GroupTokens, micro_batches, pack};
-use rft_engine::model::backprop::Trainer;
+use rft_engine::learner::batch::{GroupTokens, Piece, micro_batches, pack};
+use rft_engine::model::backprop::{PackedBatch, Trainer};
 use rft_engine::model::policy::{Grads, Policy, new_model_spec};
 use rft_engine::model::spec::ModelSpec;
 use rft_kernels::{Pool, Warp};
@@ -44,6 +44,11 @@ fn groups() -> Vec<GroupTokens<'static>> {
     ]
 }
 
+/// A micro-batch of an update, in which dropout masks hold.
+fn packed(groups: &[GroupTokens], pieces: &[Piece]) -> PackedBatch {
+    PackedBatch { update: Some(4), ..pack(groups, pieces) }
+}
+
 /// Weights of the scalar under test, by target.
 fn weight(i: usize) -> (f32, f32) {
     (0.3 + 0.1 * (i % 5) as f32, 0.2 - 0.07 * (i % 3) as f32)
@@ -52,7 +57,7 @@ fn weight(i: usize) -> (f32, f32) {
 fn objective(pool: &Pool, policy: &Policy, trainer: &mut Trainer) -> f64 {
     let (groups, mut sum, mut at) = (groups(), 0.0, 0);
     for pieces in micro_batches(&groups, 100) {
-        let scores = trainer.forward(pool, &policy.weights(), &pack(&groups, &pieces), &PLAIN);
+        let scores = trainer.forward(pool, &policy.weights(), &packed(&groups, &pieces), &PLAIN);
         for (l, e) in scores.logprobs.iter().zip(&scores.entropies) {
             let (wl, we) = weight(at);
             sum += f64::from(*l) * f64::from(wl) + f64::from(*e) * f64::from(we);
@@ -65,7 +70,7 @@ fn objective(pool: &Pool, policy: &Policy, trainer: &mut Trainer) -> f64 {
 fn gradient(pool: &Pool, policy: &Policy, max_rows: usize) -> Grads {
     let (groups, mut grads, mut trainer, mut at) = (groups(), policy.new_grads(), Trainer::default(), 0);
     for pieces in micro_batches(&groups, max_rows) {
-        let batch = pack(&groups, &pieces);
+        let batch = packed(&groups, &pieces);
         let scores = trainer.forward(pool, &policy.weights(), &batch, &PLAIN);
         let d: Vec<(f32, f32)> = (at..at + scores.logprobs.len()).map(weight).collect();
         at += d.len();
@@ -138,10 +143,9 @@ fn an_expert_without_tokens_has_a_gradient_of_zero() {
     }
 }
 
-#[test]
-fn every_adapter_gradient_matches_finite_differences() {
+fn adapted(dropout: f32) -> Policy {
     let mut policy = policy();
-    let config = LoraConfig { rank: 3, alpha: 6.0, ..LoraConfig::default() };
+    let config = LoraConfig { rank: 3, alpha: 6.0, dropout, ..LoraConfig::default() };
     let mut adapter = rft_engine::model::lora::Adapter::new(&policy.spec, &config, 5).unwrap();
     // B starts at zero, where A has no gradient
     for id in 0..adapter.arena.slots().len() {
@@ -152,7 +156,30 @@ fn every_adapter_gradient_matches_finite_differences() {
         }
     }
     policy.adapter = Some(adapter);
-    check_every_slot(policy, true);
+    policy
+}
+
+#[test]
+fn every_adapter_gradient_matches_finite_differences() {
+    check_every_slot(adapted(0.0), true);
+    check_every_slot(adapted(0.3), true);
+}
+
+#[test]
+fn dropout_follows_the_row_and_stays_out_of_scores() {
+    let (with, without, pool) = (adapted(0.3), adapted(0.0), Pool::new(2));
+    let bits = |g: Grads| g.adapter.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+    let whole = bits(gradient(&pool, &with, 100));
+    assert_ne!(whole, bits(gradient(&pool, &without, 100)));
+    assert_eq!(whole, bits(gradient(&Pool::new(1), &with, 11)), "one group a micro-batch");
+    // a pass that is no update, as that of the reference, drops nothing
+    let groups = groups();
+    let batch = pack(&groups, &micro_batches(&groups, 100)[0]);
+    let score = |policy: &Policy| Trainer::default().score(&pool, &policy.weights(), &batch, &PLAIN);
+    assert_eq!(score(&with), score(&without));
+    let other = PackedBatch { update: Some(5), ..batch.clone() };
+    let train = |batch: &PackedBatch| Trainer::default().forward(&pool, &with.weights(), batch, &PLAIN);
+    assert_ne!(train(&other), train(&PackedBatch { update: Some(6), ..batch.clone() }));
 }
 
 #[test]

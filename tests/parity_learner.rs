@@ -43,7 +43,7 @@ fn load(run: &Value, pool: &Pool) -> Policy {
     let peft = run["adapter"].as_str().map(|path| PeftAdapter::open(root().join(path)).unwrap());
     let mut policy = Policy::load(&source, peft.as_ref().map(PeftAdapter::config), 0).unwrap();
     if let Some(peft) = &peft {
-        peft.load_into(&mut policy).unwrap();
+        peft.load_into(&mut policy, 0).unwrap();
     }
     policy.prepare(pool, 256, Precision::F32);
     policy

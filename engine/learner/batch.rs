@@ -77,10 +77,12 @@ pub fn pack(groups: &[GroupTokens], pieces: &[Piece]) -> PackedBatch {
     let mut batch = PackedBatch::default();
     for piece in pieces {
         let group = &groups[piece.group];
-        let prompt = push_rows(&mut batch, group.prompt, 0);
+        let prompt = push_rows(&mut batch, group.prompt, 0, row_key(piece.group, 0));
         batch.segments.push(Segment { rows: prompt, prefix: None });
-        for completion in &group.completions[piece.completions.clone()] {
-            let rows = push_rows(&mut batch, &completion[..completion_rows(completion)], prompt.len);
+        for c in piece.completions.clone() {
+            let completion = group.completions[c];
+            let tokens = &completion[..completion_rows(completion)];
+            let rows = push_rows(&mut batch, tokens, prompt.len, row_key(piece.group, c + 1));
             if rows.len > 0 {
                 batch.segments.push(Segment { rows, prefix: Some(prompt) });
             }
@@ -93,9 +95,15 @@ pub fn pack(groups: &[GroupTokens], pieces: &[Piece]) -> PackedBatch {
     batch
 }
 
-fn push_rows(batch: &mut PackedBatch, tokens: &[TokenId], first_position: usize) -> Span {
+/// Key of the first row of a part of a group (0 is the prompt, then the completions); the next rows follow it.
+fn row_key(group: usize, part: usize) -> u64 {
+    (group as u64) << 44 | (part as u64) << 24
+}
+
+fn push_rows(batch: &mut PackedBatch, tokens: &[TokenId], first_position: usize, key: u64) -> Span {
     let span = Span { row: batch.tokens.len(), len: tokens.len() };
     batch.tokens.extend_from_slice(tokens);
+    batch.row_keys.extend((0..tokens.len() as u64).map(|i| key + i));
     batch.positions.extend((first_position..first_position + tokens.len()).map(|p| p as u32));
     span
 }

@@ -10,7 +10,7 @@ use crate::config::OptimizerConfig;
 use crate::error::{EngineError, Result};
 use crate::learner::batch::{GroupTokens, Piece, micro_batches, pack};
 use crate::learner::optimizer::AdamW;
-use crate::model::backprop::{Scores, Trainer};
+use crate::model::backprop::{PackedBatch, Scores, Trainer};
 use crate::model::policy::{Grads, Policy, Weights};
 
 /// Gradient of the loss of one micro-batch, by target.
@@ -95,7 +95,7 @@ impl Learner {
         let mut stats = UpdateStats::default();
         let weights = policy.weights();
         for pieces in micro_batches(groups, self.max_rows) {
-            let batch = pack(groups, &pieces);
+            let batch = PackedBatch { update: Some(self.adam.updates), ..pack(groups, &pieces) };
             stats.rows += batch.tokens.len();
             let scores = self.trainer.forward(pool, &weights, &batch, warp);
             let d = objective(&pieces, &scores)?;

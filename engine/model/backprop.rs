@@ -38,6 +38,10 @@ pub struct PackedBatch {
     pub segments: Vec<Segment>,
     /// Wanted logprobs `[t]`, in the order of the results.
     pub targets: Vec<Target>,
+    /// Identity of each row `[m]`, the same in whatever micro-batch it is computed: the key of its dropout mask.
+    pub row_keys: Vec<u64>,
+    /// Updates before this one; `None` in a pass without dropout, as reference and old logprobs are.
+    pub update: Option<u64>,
 }
 
 /// Logprobs (natural log) and entropies (nats) of a batch's targets, both `[t]`, under the stated distribution.
@@ -118,6 +122,7 @@ impl Trainer {
     /// Runs all layers over `kept` sets of activations: one a layer, or one for all.
     fn run(&mut self, pool: &Pool, w: &Weights, batch: &PackedBatch, warp: &Warp, kept: usize) -> Scores {
         self.acts.resize_with(kept, LayerActs::default);
+        self.scratch.project.drop = batch.update.map(|update| (update, batch.row_keys.clone()));
         w.embed(pool, &batch.tokens, &mut self.h);
         for layer in 0..w.spec.layers {
             let attend = Attend::Segments(&batch.segments);

@@ -299,7 +299,9 @@ impl<'a> Patterns<'a> {
         Ok(Self {
             config,
             ranks: ranks.map(|(p, &r)| Ok((compile("rank_pattern", p)?, r, false))).collect::<Result<_>>()?,
-            alphas: alphas.map(|(p, &a)| Ok((compile("alpha_pattern", p)?, a, false))).collect::<Result<_>>()?,
+            alphas: alphas
+                .map(|(p, &a)| Ok((compile("alpha_pattern", p)?, a, false)))
+                .collect::<Result<_>>()?,
         })
     }
 

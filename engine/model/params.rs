@@ -11,8 +11,8 @@ use std::borrow::Cow;
 use std::ops::Range;
 
 use rft_kernels::{
-    Buffer, Code, Matrix, PANEL, Pool, Quantized, bf16_panels_len, bias_backward, linear_dw, pack_panels, panels_len,
-    take_columns, to_bf16_panels, unpack_panels,
+    Buffer, Code, Matrix, PANEL, Pool, Quantized, bf16_panels_len, bias_backward, linear_dw, pack_panels,
+    panels_len, take_columns, to_bf16_panels, unpack_panels,
 };
 
 use crate::error::Result;
@@ -285,7 +285,13 @@ impl Arena {
         }
         let bf16 = (!self.bf16.is_empty())
             .then(|| &self.bf16[slot.bf16_start..slot.bf16_start + bf16_panels_len(n, k)]);
-        Matrix { n, k, f32: &self.data[slot.start..slot.start + slot.shape.stored_len()], bf16, quantized: None }
+        Matrix {
+            n,
+            k,
+            f32: &self.data[slot.start..slot.start + slot.shape.stored_len()],
+            bf16,
+            quantized: None,
+        }
     }
 
     /// The stored numbers of a slot: a vector, or a matrix's panels; none of a quantised one.

@@ -182,7 +182,8 @@ fn pattern<T>(
         Some(other) => return Err((key, format!("expected an object, found {other}"))),
     };
     let entry = |(name, value): (&String, &Value)| {
-        let number = number(value).ok_or_else(|| (key, format!("expected {what}, found {value} for `{name}`")))?;
+        let number =
+            number(value).ok_or_else(|| (key, format!("expected {what}, found {value} for `{name}`")))?;
         Ok((name.clone(), number))
     };
     map.iter().map(entry).collect()

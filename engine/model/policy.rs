@@ -472,17 +472,17 @@ impl Policy {
 
     /// The tensors of a slot whose stored numbers are `values`, adapters merged.
     fn merge_slot(&self, id: SlotId, values: &[f32]) -> Vec<(String, Vec<usize>, Vec<f32>)> {
-            match (&self.adapter, self.projection_of(id), self.base.slots()[id].shape) {
-                (Some(adapter), Some((layer, projection)), Shape::Matrix { n, k }) => {
-                    let mut rows = vec![0.0; n * k];
-                    rft_kernels::unpack_panels(values, n, k, &mut rows);
-                    adapter.merge_into(layer, projection, &mut rows, k);
-                    let mut panels = vec![0.0; values.len()];
-                    rft_kernels::pack_panels(&rows, n, k, &mut panels);
-                    self.base.tensors_of(id, &panels)
-                }
-                _ => self.base.tensors_of(id, values),
+        match (&self.adapter, self.projection_of(id), self.base.slots()[id].shape) {
+            (Some(adapter), Some((layer, projection)), Shape::Matrix { n, k }) => {
+                let mut rows = vec![0.0; n * k];
+                rft_kernels::unpack_panels(values, n, k, &mut rows);
+                adapter.merge_into(layer, projection, &mut rows, k);
+                let mut panels = vec![0.0; values.len()];
+                rft_kernels::pack_panels(&rows, n, k, &mut panels);
+                self.base.tensors_of(id, &panels)
             }
+            _ => self.base.tensors_of(id, values),
+        }
     }
 
     fn projection_of(&self, id: SlotId) -> Option<(usize, Projection)> {

@@ -296,7 +296,11 @@ fn nf4_block_avx512(codes: &[u8], scales: &[f32; PANEL], to: &mut [f32]) {
     use std::arch::x86_64::*;
     // SAFETY: whole registers of f32 inside the arrays.
     let (table, low, high) = unsafe {
-        (_mm512_loadu_ps(NF4.as_ptr()), _mm512_loadu_ps(scales.as_ptr()), _mm512_loadu_ps(scales[16..].as_ptr()))
+        (
+            _mm512_loadu_ps(NF4.as_ptr()),
+            _mm512_loadu_ps(scales.as_ptr()),
+            _mm512_loadu_ps(scales[16..].as_ptr()),
+        )
     };
     for (codes, to) in codes.chunks_exact(PANEL / 2).zip(to.chunks_exact_mut(PANEL)) {
         // SAFETY: 16 codes are read and 32 numbers written, the lengths of the chunks.

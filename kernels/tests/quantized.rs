@@ -25,7 +25,10 @@ fn codes_are_the_nearest_on_every_instruction_set() {
         let want = reference::quantized(&rows, n, k, code);
         for (isa, got) in &results {
             for (i, (g, w)) in got.iter().zip(&want).enumerate() {
-                assert!((f64::from(*g) - w).abs() <= 2e-7 * w.abs(), "{isa:?} {code:?} element {i}: {g} for {w}");
+                assert!(
+                    (f64::from(*g) - w).abs() <= 2e-7 * w.abs(),
+                    "{isa:?} {code:?} element {i}: {g} for {w}"
+                );
             }
             assert_eq!(bits(got), bits(&results[0].1));
         }

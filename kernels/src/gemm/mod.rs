@@ -40,7 +40,9 @@ impl Matrix<'_> {
     fn check(&self) {
         match (self.quantized, self.bf16) {
             (Some(quantized), _) => assert_eq!((quantized.n(), quantized.k()), (self.n, self.k), "[n, k]"),
-            (_, Some(bf16)) => assert_eq!(bf16.len(), bf16_panels_len(self.n, self.k), "bf16 panels of [n, k]"),
+            (_, Some(bf16)) => {
+                assert_eq!(bf16.len(), bf16_panels_len(self.n, self.k), "bf16 panels of [n, k]")
+            }
             (_, None) => assert_eq!(self.f32.len(), panels_len(self.n, self.k), "panels of [n, k]"),
         }
     }
