@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::{Args, Parser, Subcommand};
 use rft_kernels::{BLOCK, Pool};
-use rft_rewards::{RewardSpec, Source};
+use rft_rewards::{RewardError, RewardSpec, Source};
 use serde_json::{Map, Value, json};
 
 use crate::bench::BenchCommand;
@@ -723,6 +723,17 @@ fn score(args: &ScoreArgs) -> Result<()> {
             }
         }
         print_line(&line)?;
+    }
+    // each place that failed, once, with its line of the script
+    let mut places: Vec<&RewardError> = Vec::new();
+    for error in results.iter().flat_map(|outcome| &outcome.errors) {
+        if !places
+            .iter()
+            .any(|known| (&known.script, known.kind, known.line) == (&error.script, error.kind, error.line))
+        {
+            eprintln!("{error}");
+            places.push(error);
+        }
     }
     let scored: Vec<f64> = results.iter().filter_map(|o| o.reward).collect();
     let mean = scored.iter().sum::<f64>() / scored.len().max(1) as f64;

@@ -60,7 +60,7 @@ fn groups_come_back_in_their_order_whatever_finishes_first() {
     let configs = [script(folder.path(), "length", slow)];
     let groups: Vec<Group> =
         (0..12).map(|i| group(i, &if i == 0 { ["slow", "slow"] } else { ["a", "bc"] })).collect();
-    for workers in [1, 4] {
+    for workers in [1, 2, 8] {
         let scored = score(&Scorer::new(&configs, workers).unwrap(), &groups).unwrap();
         let order: Vec<usize> = scored.iter().map(|s| s.group.prompt.index).collect();
         assert_eq!(order, (0..12).collect::<Vec<_>>());
@@ -68,6 +68,27 @@ fn groups_come_back_in_their_order_whatever_finishes_first() {
         assert_eq!(rewards[0], [Some(4.0), Some(4.0)]);
         assert!(rewards[1..].iter().all(|r| *r == [Some(1.0), Some(2.0)]));
     }
+}
+
+#[test]
+fn handing_over_a_group_waits_for_no_script() {
+    let folder = tempfile::tempdir().unwrap();
+    // each call runs into its time limit of 50 ms
+    let endless = RewardConfig {
+        time_ms: 50,
+        ..script(folder.path(), "endless", "function reward() while true do string.rep('x', 1000) end end")
+    };
+    let scorer = Scorer::new(&[endless], 1).unwrap();
+    let (start, mut scoring) = (std::time::Instant::now(), scorer.start(1, 2, 0));
+    (0..4).for_each(|i| scoring.submit(i, group(i, &["a", "b"])));
+    let handed_over = start.elapsed();
+    let scored = scoring.finish().unwrap();
+    let kinds = scored.iter().flat_map(|g| &g.outcomes).map(|o| o.errors[0].kind.as_str());
+    assert!(
+        kinds.clone().count() == 8 && kinds.clone().all(|kind| matches!(kind, "timeout" | "instructions"))
+    );
+    // the scripts take 400 ms, or as long as their ten million steps; a decoder would have waited for none of it
+    assert!(handed_over * 10 < start.elapsed(), "{handed_over:?} of {:?}", start.elapsed());
 }
 
 #[test]
