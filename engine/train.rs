@@ -19,6 +19,7 @@ use crate::advantage::{Advantages, Combine, Rewards, grouped, groups_of, matrix_
 use crate::config::{Recipe, StageConfig, StageKind};
 use crate::data::arithmetic::{self, Split};
 use crate::data::prompts::{Order, Renderer, Row, read_jsonl};
+use crate::data::template::Moment;
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{EngineError, Result};
 use crate::eval::Evaluation;
@@ -884,7 +885,7 @@ fn load_tasks(recipe: &Recipe, source: Option<&ModelSource>, tokenizer: &Tokeniz
         }
     }
     let chat = match (data.chat, source) {
-        (true, Some(source)) => source.chat_template(tokenizer)?,
+        (true, Some(source)) => source.chat_template(tokenizer)?.map(|template| template.at(Moment::RUN)),
         _ => None,
     };
     let renderer = Renderer {

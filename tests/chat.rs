@@ -242,6 +242,12 @@ fn errors_name_the_line() {
 }
 
 #[test]
+fn a_run_shows_one_day_whenever_it_is_started() {
+    let template = compile("{{ strftime_now('%d %b %Y') }}").at(Moment::RUN);
+    assert_eq!(template.render(&json!([]), None, &Map::new(), false).unwrap(), "26 Jul 2024");
+}
+
+#[test]
 fn hostile_templates_end_in_an_error() {
     let deep_source = format!("{}1{}", "(".repeat(100_000), ")".repeat(100_000));
     let hostile = [

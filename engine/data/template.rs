@@ -38,6 +38,10 @@ pub struct Moment {
 }
 
 impl Moment {
+    /// The day that the prompts of a run show, whenever it is started or resumed: 26 July 2024, on which the templates of
+    /// Llama 3 fall back by themselves.
+    pub const RUN: Self = Self { unix_seconds: 1_721_952_000 };
+
     /// The clock's time.
     pub fn now() -> Self {
         let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
