@@ -771,13 +771,7 @@ struct StepBatch<'a> {
 
 impl<'a> StepBatch<'a> {
     fn new(scored: &'a [ScoredGroup], sampling: &SamplingConfig, mask_truncated: bool) -> Self {
-        let groups = scored
-            .iter()
-            .map(|s| GroupTokens {
-                prompt: &s.group.prompt.tokens,
-                completions: s.group.completions.iter().map(|c| c.tokens.as_slice()).collect(),
-            })
-            .collect();
+        let groups = scored.iter().map(|s| GroupTokens::from(&s.group)).collect();
         let (mut offsets, mut first_completion) = (vec![0], vec![0]);
         let (mut old, mut mask) = (Vec::new(), Vec::new());
         for scored in scored {

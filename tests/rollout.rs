@@ -73,13 +73,7 @@ fn sampled_logprobs_are_the_learners_bit_for_bit() {
         ] {
             let setup = Setup { threads: 2, blocks: 64, prefill_rows: 24 };
             let (groups, _) = roll_out(&policy, &tokenizer, &requests, &sampling, &setup);
-            let tokens: Vec<GroupTokens> = groups
-                .iter()
-                .map(|g| GroupTokens {
-                    prompt: &g.prompt.tokens,
-                    completions: g.completions.iter().map(|c| c.tokens.as_slice()).collect(),
-                })
-                .collect();
+            let tokens: Vec<GroupTokens> = groups.iter().map(GroupTokens::from).collect();
             let sampled: Vec<u32> = bits(&groups).into_iter().flat_map(|(_, l)| l).collect();
             for (max_rows, threads) in [(1000, 1), (50, 3)] {
                 let (pool, mut trainer, mut learned) = (Pool::new(threads), Trainer::default(), Vec::new());

@@ -38,7 +38,7 @@ const LARGEST: usize = 32 << 20;
 const WALK: usize = 64 << 20;
 
 pub(super) fn run(args: &KernelArgs, machine: &mut Machine, report: Report) -> Result<()> {
-    let policy = machine.policy(None, 512)?;
+    let policy = machine.policy(0, 512)?;
     let spec = &policy.spec;
     let (q, kv) = (spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim);
     let shapes = [

@@ -5,8 +5,10 @@ use std::time::Instant;
 use clap::Args;
 use serde_json::{Map, json};
 
-use super::{CommonArgs, Machine, Measurement, Report, linear_parameters, random_tokens, round, spread};
-use crate::config::{LoraConfig, OptimizerConfig};
+use super::{
+    CommonArgs, Machine, Measurement, Report, linear_parameters, random_tokens, round, spread, trained,
+};
+use crate::config::OptimizerConfig;
 use crate::error::Result;
 use crate::learner::batch::GroupTokens;
 use crate::learner::step::{Learner, ScoreGrads};
@@ -42,12 +44,7 @@ pub struct LearnerArgs {
 }
 
 pub(super) fn run(args: &LearnerArgs, machine: &mut Machine, report: Report) -> Result<()> {
-    let lora = (args.lora > 0).then(|| LoraConfig {
-        rank: args.lora,
-        alpha: 2.0 * args.lora as f32,
-        ..LoraConfig::default()
-    });
-    let mut policy = machine.policy(lora.as_ref(), args.prompt + args.new)?;
+    let mut policy = machine.policy(args.lora, args.prompt + args.new)?;
     let mut learner = Learner::new(&policy, args.max_rows);
     for &group in &args.group {
         let (mut rates, mut rows, mut key) = (Vec::new(), 0, 0);
@@ -85,7 +82,7 @@ pub(super) fn run(args: &LearnerArgs, machine: &mut Machine, report: Report) -> 
         more.insert("rows".into(), rows.into());
         more.insert("bound_tokens_per_s".into(), round(bound).into());
         more.insert("rss_peak_mb".into(), json!(rss_peak_bytes() >> 20));
-        let what = if args.lora > 0 { format!("LoRA r={}", args.lora) } else { "full".into() };
+        let what = trained(args.lora);
         report(Measurement {
             work: format!(
                 "update {} {what}, {}x({}+{}), groups of {group}",

@@ -157,16 +157,14 @@ fn machine(args: &CommonArgs, report: Report) -> Result<Machine> {
 }
 
 impl Machine {
-    fn policy(&self, lora: Option<&LoraConfig>, positions: usize) -> Result<Policy> {
-        let mut policy = match &self.source {
-            Some(source) => Policy::load(source, lora, 0)?,
-            None => {
-                let mut policy = Policy::init(smollm2()?, 0);
-                if let Some(config) = lora {
-                    policy = policy.with_adapter(config, 0)?;
-                }
-                policy
-            }
+    /// The policy to measure, with LoRA adapters of `rank` on all projections; rank 0 trains all weights.
+    fn policy(&self, rank: usize, positions: usize) -> Result<Policy> {
+        let lora = LoraConfig { rank, alpha: 2.0 * rank as f32, ..LoraConfig::default() };
+        let lora = (rank > 0).then_some(&lora);
+        let mut policy = match (&self.source, lora) {
+            (Some(source), lora) => Policy::load_on(&self.pool, source, lora, 0)?,
+            (None, Some(lora)) => Policy::init(smollm2()?, 0).with_adapter(lora, 0)?,
+            (None, None) => Policy::init(smollm2()?, 0),
         };
         policy.prepare(&self.pool, positions, self.precision);
         Ok(policy)
@@ -235,6 +233,11 @@ fn random_tokens(len: usize, vocab: usize, key: u64) -> Vec<TokenId> {
 
 fn prompt(index: usize, tokens: Vec<TokenId>) -> Arc<Prompt> {
     Arc::new(Prompt { index, id: index.to_string(), text: String::new(), tokens, fields: Arc::default() })
+}
+
+/// What trains, in the words of a result.
+fn trained(rank: usize) -> String {
+    if rank > 0 { format!("LoRA r={rank}") } else { "full".into() }
 }
 
 /// Median and extremes.

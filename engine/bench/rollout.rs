@@ -35,7 +35,7 @@ pub struct RolloutArgs {
 }
 
 pub(super) fn run(args: &RolloutArgs, machine: &mut Machine, report: Report) -> Result<()> {
-    let policy = machine.policy(None, args.prompt + args.new)?;
+    let policy = machine.policy(0, args.prompt + args.new)?;
     for &group in &args.group {
         for &parallel in &args.parallel {
             let group = if group == 0 { parallel } else { group.min(parallel) };

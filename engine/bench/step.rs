@@ -7,9 +7,9 @@ use rft_kernels::Warp;
 use serde_json::{Map, json};
 
 use super::rollout::Rollouts;
-use super::{CommonArgs, Machine, Measurement, Report, round, spread};
+use super::{CommonArgs, Machine, Measurement, Report, round, spread, trained};
 use crate::advantage::{AdvantageConfig, advantages};
-use crate::config::{LoraConfig, OptimizerConfig};
+use crate::config::OptimizerConfig;
 use crate::error::Result;
 use crate::learner::batch::GroupTokens;
 use crate::learner::step::{Learner, ScoreGrads};
@@ -44,12 +44,7 @@ pub struct StepArgs {
 }
 
 pub(super) fn run(args: &StepArgs, machine: &mut Machine, report: Report) -> Result<()> {
-    let lora = (args.lora > 0).then(|| LoraConfig {
-        rank: args.lora,
-        alpha: 2.0 * args.lora as f32,
-        ..LoraConfig::default()
-    });
-    let mut policy = machine.policy(lora.as_ref(), args.prompt + args.new)?;
+    let mut policy = machine.policy(args.lora, args.prompt + args.new)?;
     let mut learner = Learner::new(&policy, args.max_rows);
     let mut rollouts = Rollouts::new(machine, &policy, args.prompt, args.new, args.prompts, args.group)?;
     let (mut seconds, mut rolling, mut learning) = (Vec::new(), Vec::new(), Vec::new());
@@ -57,13 +52,7 @@ pub(super) fn run(args: &StepArgs, machine: &mut Machine, report: Report) -> Res
     for repeat in 0..machine.repeats + 1 {
         let start = Instant::now();
         let (stats, groups) = rollouts.run(&policy, args.new)?;
-        let tokens: Vec<GroupTokens> = groups
-            .iter()
-            .map(|g| GroupTokens {
-                prompt: &g.prompt.tokens,
-                completions: g.completions.iter().map(|c| c.tokens.as_slice()).collect(),
-            })
-            .collect();
+        let tokens: Vec<GroupTokens> = groups.iter().map(GroupTokens::from).collect();
         let rewards: Vec<Option<f64>> =
             completions(&groups).map(|c| Some(f64::from(c.tokens[0] % 2))).collect();
         let advantages = advantages(&rewards, args.group, &AdvantageConfig::default()).values;
@@ -120,7 +109,7 @@ pub(super) fn run(args: &StepArgs, machine: &mut Machine, report: Report) -> Res
     more.insert("learner_s".into(), round(spread(learning).0).into());
     more.insert("ratio_max_dev".into(), ratio_max_dev.into());
     more.insert("rss_peak_mb".into(), json!(rss_peak_bytes() >> 20));
-    let what = if args.lora > 0 { format!("LoRA r={}", args.lora) } else { "full".into() };
+    let what = trained(args.lora);
     report(Measurement {
         work: format!(
             "GRPO step {} {what}, {}x{}, prompt {}, new {}",

@@ -8,7 +8,7 @@ use std::ops::Range;
 use rft_kernels::{Segment, Span};
 
 use crate::model::backprop::{PackedBatch, Target};
-use crate::types::TokenId;
+use crate::types::{Group, TokenId};
 
 /// A prompt and the completions that share it, by reference.
 #[derive(Debug, Clone)]
@@ -17,6 +17,16 @@ pub struct GroupTokens<'a> {
     pub prompt: &'a [TokenId],
     /// Any number, any length.
     pub completions: Vec<&'a [TokenId]>,
+}
+
+impl<'a> From<&'a Group> for GroupTokens<'a> {
+    /// The tokens of a rollout's group.
+    fn from(group: &'a Group) -> Self {
+        Self {
+            prompt: &group.prompt.tokens,
+            completions: group.completions.iter().map(|c| c.tokens.as_slice()).collect(),
+        }
+    }
 }
 
 /// Some of a group's completions.

@@ -1,17 +1,10 @@
 //! Boxes and their rewards against the numbers that torchvision, pycocotools, shapely and the peers' code recorded.
 
+mod common;
+
+use common::rows;
 use rft_rewards::boxes::*;
 use serde_json::Value;
-use std::path::PathBuf;
-
-fn rows(path: &str) -> Vec<Value> {
-    let root = std::env::var_os("RFT_FIXTURES")
-        .map(PathBuf::from)
-        .unwrap_or_else(|| PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fixtures")));
-    let path = root.join(path);
-    let text = std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
-}
 
 /// Prints the count and fails with the rows that disagree.
 fn conclude(what: &str, agreeing: usize, disagreeing: &[String]) {

@@ -2,20 +2,13 @@
 //!
 //! The way through Lua has conversions of its own (numbers, nil, empty lists); these rows show what it changes.
 
+mod common;
+
+use common::rows;
 use rft_rewards::{Context, Outcome, RewardSpec, Sample, Verifiers, resolve};
 use serde_json::{Map, Value, json};
 use std::collections::HashMap;
-use std::path::PathBuf;
 use std::sync::Arc;
-
-fn rows(path: &str) -> Vec<Value> {
-    let root = std::env::var_os("RFT_FIXTURES")
-        .map(PathBuf::from)
-        .unwrap_or_else(|| PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fixtures")));
-    let path = root.join(path);
-    let text = std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
-}
 
 fn object(value: Value) -> Map<String, Value> {
     value.as_object().cloned().unwrap_or_default()

@@ -2,6 +2,8 @@
 //!
 //! Rows come from `rewards/math/*.jsonl` under `RFT_FIXTURES` or the repository's `tests/fixtures`.
 
+mod common;
+
 use rft_rewards::math::{
     CosineBounds, EqualOptions, ExtractOptions, GymError, GymItem, Verdict, VerifyOptions, accuracy, check,
     cosine_scaled, equal, extract_choice, gym_score, reasoning_accuracy, repetition, soft_overlong,
@@ -9,19 +11,9 @@ use rft_rewards::math::{
 };
 use serde_json::Value;
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 
 fn rows(name: &str) -> Vec<Value> {
-    let root = std::env::var_os("RFT_FIXTURES").map_or_else(
-        || PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fixtures")),
-        PathBuf::from,
-    );
-    let path = root.join("rewards/math").join(name);
-    let text = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
-    text.lines()
-        .filter(|l| !l.trim().is_empty())
-        .map(|l| serde_json::from_str(l).expect("a JSON row"))
-        .collect()
+    common::rows(&format!("rewards/math/{name}"))
 }
 
 fn text<'a>(row: &'a Value, key: &str) -> &'a str {

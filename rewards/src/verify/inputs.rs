@@ -2,6 +2,8 @@
 
 use serde_json::{Map, Value};
 
+use super::Case;
+
 /// What an input is, and so what it may be paid.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Role {
@@ -62,8 +64,8 @@ fn forms(answer: &str) -> [(&'static str, String); 6] {
 }
 
 /// All inputs of row `at`; `long` adds those of a megabyte.
-pub(super) fn inputs(rows: &[(Map<String, Value>, Option<String>)], at: usize, long: bool) -> Vec<Input> {
-    let (row, own) = &rows[at];
+pub(super) fn inputs(cases: &[Case], at: usize, long: bool) -> Vec<Input> {
+    let Case { fields: row, completion: own, .. } = &cases[at];
     let mut inputs = Vec::new();
     let mut add = |name: String, text: String, role| inputs.push(Input { name, text, role });
     if let Some(own) = own {
@@ -73,7 +75,7 @@ pub(super) fn inputs(rows: &[(Map<String, Value>, Option<String>)], at: usize, l
         add("the row's completion, twice".into(), format!("{own}\n{own}"), Role::Partial);
     }
     let others: Vec<&Map<String, Value>> =
-        (1..rows.len()).map(|by| &rows[(at + by) % rows.len()].0).take(6).collect();
+        (1..cases.len()).map(|by| &cases[(at + by) % cases.len()].fields).take(6).collect();
     for (field, answer) in answers(row) {
         for (form, text) in forms(&answer) {
             add(format!("`{field}` {form}"), text.clone(), Role::Gold);

@@ -141,13 +141,11 @@ pub fn verify(spec: &RewardSpec, rows: &[Map<String, Value>]) -> Report {
         let example = warning.rows.first().map(|row| (row + 1, "its boxes".to_string()));
         findings.push(Finding { example, ..Finding::new(Severity::Warning, "coordinates", warning.message) });
     }
-    let tried: Vec<(Map<String, Value>, Option<String>)> =
-        cases.iter().map(|case| (case.fields.clone(), case.completion.clone())).collect();
     let mut calls: Vec<Call> = Vec::new();
     let mut watched = Watched::default();
     for (row, case) in cases.iter().enumerate() {
         let sandbox = Sandbox::watching(spec.script.clone(), spec.limits, case.options.clone());
-        for input in inputs::inputs(&tried, row, row < LONG_ROWS) {
+        for input in inputs::inputs(&cases, row, row < LONG_ROWS) {
             calls.push(call(spec, &sandbox, case, row, input));
         }
         watched.add(&sandbox);
