@@ -1,15 +1,16 @@
-//! A PEFT LoRA adapter on disk: `adapter_config.json` and `adapter_model.safetensors`, read.
+//! A PEFT LoRA adapter on disk: `adapter_config.json` and `adapter_model.safetensors`, read and written.
 //!
 //! What the config asks for and the engine does not do (DoRA, biases, …) is an error that names
 //! the field; so is a stored matrix that no adapter site takes.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use memmap2::Mmap;
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
-use super::lora::Adapter;
+use super::export::write_safetensors;
+use super::lora::{ALL_LINEAR, Adapter};
 use super::policy::Policy;
 use super::source::{Stored, map_file, read_safetensors, widen};
 use crate::config::LoraConfig;
@@ -187,4 +188,44 @@ fn pattern<T>(
         Ok((name.clone(), number))
     };
     map.iter().map(entry).collect()
+}
+
+/// `q_proj` of `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`.
+fn module(tensor: &str) -> Option<&str> {
+    tensor.split_once(".lora_")?.0.rsplit('.').next()
+}
+
+/// Writes `adapter_config.json` and `adapter_model.safetensors` as peft does.
+pub fn write_adapter(out: &Path, adapter: &Adapter, base: &str) -> Result<()> {
+    std::fs::create_dir_all(out).map_err(EngineError::io(out))?;
+    // other loaders than peft's want the modules by name
+    let targets: BTreeSet<&str> = match adapter.config.targets.iter().any(|t| t == ALL_LINEAR) {
+        true => adapter
+            .arena
+            .slots()
+            .iter()
+            .flat_map(|slot| &slot.parts)
+            .filter_map(|p| module(&p.name))
+            .collect(),
+        false => adapter.config.targets.iter().map(String::as_str).collect(),
+    };
+    let config = json!({
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": adapter.config.rank,
+        "lora_alpha": adapter.config.alpha,
+        "lora_dropout": adapter.config.dropout,
+        "rank_pattern": adapter.config.rank_pattern,
+        "alpha_pattern": adapter.config.alpha_pattern,
+        "use_rslora": adapter.config.rslora,
+        "target_modules": targets,
+        "bias": "none",
+        "inference_mode": true,
+    });
+    let path = out.join("adapter_config.json");
+    std::fs::write(&path, format!("{config:#}\n")).map_err(EngineError::io(path))?;
+    let arena = &adapter.arena;
+    let tensors = (0..arena.slots().len()).flat_map(|id| arena.tensors_of(id, arena.values(id)));
+    write_safetensors(&out.join("adapter_model.safetensors"), tensors, "float32")
 }

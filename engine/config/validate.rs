@@ -1,0 +1,141 @@
+//! What a recipe asks for and a run cannot give, each with its remedy.
+
+use super::{Recipe, StageKind};
+use crate::advantage::{Baseline, Combine};
+use crate::error::{EngineError, Result};
+use crate::loss::kl::Placement;
+
+impl Recipe {
+    /// What an objective asks for and a step cannot give.
+    fn validate_algorithm(&self) -> Result<()> {
+        let fail = |message: &str| Err(EngineError::Config(message.into()));
+        let (advantage, objective) = (&self.algorithm.advantage, &self.algorithm.objective);
+        if advantage.baseline == Baseline::Greedy {
+            return fail(
+                "algorithm.advantage.baseline = \"greedy\" needs a greedy completion of every prompt, which rollouts \
+                 do not draw yet. hint: \"leave_one_out\" is the nearest baseline",
+            );
+        }
+        if advantage.combine == Combine::NormalizeThenSum {
+            if self.reward.windows(2).any(|r| r[0].weight != r[1].weight) {
+                return fail(
+                    "algorithm.advantage.combine = \"normalize_then_sum\" gives every reward the same say. \
+                     hint: set the same weight for all rewards",
+                );
+            }
+            if objective.kl.placement == Placement::Reward && objective.kl.coefficient != 0.0 {
+                return fail(
+                    "algorithm.advantage.combine = \"normalize_then_sum\" has no single reward to take a KL penalty \
+                     from. hint: set algorithm.objective.kl.placement = \"loss\"",
+                );
+            }
+        }
+        if objective.sampler_correction.is_some() {
+            return fail(
+                "algorithm.objective.sampler_correction weighs rollouts of another engine, whose logprobs differ from the \
+                 learner's; here they are the same bits and nothing is left to correct. hint: remove it",
+            );
+        }
+        if !(objective.top_entropy > 0.0 && objective.top_entropy <= 1.0) {
+            return Err(EngineError::Config(format!(
+                "algorithm.objective.top_entropy must be in (0, 1], got {}",
+                objective.top_entropy
+            )));
+        }
+        Ok(())
+    }
+
+    pub(super) fn validate(&self) -> Result<()> {
+        let fail = |message: String| Err(EngineError::Config(message));
+        match (&self.model.path, &self.model.new) {
+            (None, None) => {
+                return fail(
+                    "model: set `path` (a model folder or GGUF file) or a `[model.new]` shape".into(),
+                );
+            }
+            (Some(_), Some(_)) => return fail("model: `path` and `[model.new]` exclude each other".into()),
+            _ => {}
+        }
+        match (&self.data.path, &self.data.arithmetic) {
+            (None, None) => return fail("data: set `path` (a JSONL file) or `[data.arithmetic]`".into()),
+            (Some(_), Some(_)) => {
+                return fail("data: `path` and `[data.arithmetic]` exclude each other".into());
+            }
+            _ => {}
+        }
+        let grpo = self.stages().iter().any(|s| s.kind == StageKind::Grpo);
+        if grpo && self.reward.is_empty() {
+            return fail("reward: a grpo stage needs at least one [[reward]]".into());
+        }
+        self.validate_algorithm()?;
+        let r = &self.rollout;
+        for (key, value) in [
+            ("rollout.prompts_per_step", r.prompts_per_step),
+            ("rollout.max_new_tokens", r.max_new_tokens),
+            ("eval.samples", self.eval.samples),
+        ] {
+            if value == 0 {
+                return fail(format!("{key} must be at least 1"));
+            }
+        }
+        if r.group_size < 2 && grpo {
+            return fail(
+                "rollout.group_size must be at least 2: an advantage compares the completions of a group"
+                    .into(),
+            );
+        }
+        if !(r.temperature > 0.0 && r.temperature.is_finite()) {
+            return fail(format!(
+                "rollout.temperature must be positive, got {} (eval.temperature may be 0)",
+                r.temperature
+            ));
+        }
+        if !(r.top_p > 0.0 && r.top_p <= 1.0) {
+            return fail(format!("rollout.top_p must be in (0, 1], got {}", r.top_p));
+        }
+        if !(0.0..1.0).contains(&r.min_p) {
+            return fail(format!("rollout.min_p must be in [0, 1), got {}", r.min_p));
+        }
+        for (i, r) in self.reward.iter().enumerate() {
+            for (key, value) in [("weight", r.weight), ("error_score", r.error_score)] {
+                if !value.is_finite() {
+                    return fail(format!("reward.{i}.{key} must be a finite number, got {value}"));
+                }
+            }
+        }
+        if !(self.optimizer.lr > 0.0 && self.optimizer.lr.is_finite()) {
+            return fail(format!("optimizer.lr must be positive, got {}", self.optimizer.lr));
+        }
+        let model = &self.model;
+        let adapted = model.lora.is_some() || model.adapter.is_some();
+        if model.lora.is_some() && model.adapter.is_some() {
+            return fail("model: `adapter` brings its own settings, so it excludes `[model.lora]`".into());
+        }
+        if model.quantize.is_some() && !adapted {
+            return fail(
+                "model.quantize: only frozen weights can be held in 8 or 4 bits, and without an adapter these train. \
+                 hint: add `[model.lora]`"
+                    .into(),
+            );
+        }
+        if model.half && adapted {
+            return fail("model: `half` freezes halves of the model's own layers, and with an adapter those are frozen \
+                         already. hint: drop one of the two".into());
+        }
+        if adapted && model.path.is_none() {
+            return fail("model: an adapter needs a model to adapt. hint: set `path`".into());
+        }
+        if self.train.inner_epochs == 0 {
+            return fail("train.inner_epochs must be at least 1".into());
+        }
+        if let Some(lora) = &self.model.lora {
+            if lora.rank == 0 || lora.rank_pattern.values().any(|r| *r == 0) || lora.targets.is_empty() {
+                return fail("model.lora: `rank` must be at least 1 and `targets` not empty".into());
+            }
+            if !(0.0..1.0).contains(&lora.dropout) {
+                return fail(format!("model.lora.dropout must be in [0, 1), got {}", lora.dropout));
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,302 @@
+//! A step of reinforcement: draw, score, compare, update, log.
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+use rft_kernels::Warp;
+use serde_json::{Map, Value, json};
+
+use super::Run;
+use super::batch::{StepBatch, component_rows};
+use crate::advantage::{Advantages, Combine, Rewards, grouped, groups_of, matrix_advantages};
+use crate::config::StageConfig;
+use crate::data::prompts::Order;
+use crate::error::Result;
+use crate::learner::batch::Piece;
+use crate::learner::checkpoint;
+use crate::learner::step::{Learner, ScoreGrads, UpdateStats};
+use crate::loss::LossSums;
+use crate::loss::kl::Placement;
+use crate::model::backprop::Scores;
+use crate::model::decoder::PagedDecoder;
+use crate::model::policy::Weights;
+use crate::report::metrics::{StepMetrics, rss_peak_bytes};
+use crate::report::progress::Progress;
+use crate::report::sinks::RunFolder;
+use crate::reward::{ScoredGroup, component_means, error_counts};
+use crate::rollout::{Request, RolloutEngine, RolloutKey, RolloutStats, SamplingConfig};
+use crate::types::FinishReason;
+
+impl Run {
+    /// Before the first step of a GRPO stage: fixes the reference policy and measures the held-out reward.
+    pub(super) fn begin_grpo(&mut self, checkpoints: &Path, engine: &mut RolloutEngine) -> Result<()> {
+        if self.recipe.algorithm.objective.needs_reference() && self.policy.adapter.is_none() {
+            self.reference = Some(self.policy.base.clone());
+            checkpoint::write(checkpoints, "reference", &(), &[("weights", &self.kept(&self.policy.base))])?;
+        }
+        if self.state.eval_before.is_none() && !self.tasks.heldout.is_empty() {
+            let (before, _) = self.evaluate(engine)?;
+            eprintln!("held-out reward before reinforcement: {:.3}", before.reward);
+            self.state.eval_before = Some(before);
+        }
+        Ok(())
+    }
+
+    pub(super) fn grpo_step(
+        &mut self,
+        stage: &StageConfig,
+        total: u64,
+        learner: &mut Learner,
+        engine: &mut RolloutEngine,
+        folder: &mut RunFolder,
+        progress: &mut Progress,
+    ) -> Result<()> {
+        let step = self.state.steps + 1;
+        let sampling = self.sampling(self.recipe.rollout.temperature);
+
+        let (groups, rollout, reward_s) = self.roll_out(engine, &sampling, step, total)?;
+
+        let start = Instant::now();
+        let mut batch = StepBatch::new(&groups, &sampling, self.recipe.algorithm.mask_truncated);
+        if self.recipe.algorithm.objective.top_entropy < 1.0 {
+            let entropies =
+                learner.score(&self.pool, &self.policy.weights(), &batch.groups, &sampling.warp()).entropies;
+            batch.keep_uncertain(&entropies, self.recipe.algorithm.objective.top_entropy);
+        }
+        let reference = self.reference_logprobs(learner, &batch, &sampling.warp());
+        let advantages = self.advantages(&groups, &batch, reference.as_deref());
+        let mut first = LossSums::default();
+        let mut all = LossSums::default();
+        let mut stats = UpdateStats::default();
+        let mut rows = 0;
+        let mut lr = 0.0;
+        let epochs = self.recipe.train.inner_epochs;
+        for epoch in 0..epochs {
+            lr = self.learning_rate(stage, self.state.step_in_stage * epochs + epoch, total * epochs);
+            let mut sums = LossSums::default();
+            let objective = &self.recipe.algorithm.objective;
+            let kl_coefficient = self.state.kl_coefficient;
+            let entropy_coefficient = objective.entropy_control.coefficient(&self.state.entropy);
+            let loss = |pieces: &[Piece], scores: &Scores| {
+                let out = batch.loss(
+                    pieces,
+                    scores,
+                    &advantages.values,
+                    reference.as_deref(),
+                    (kl_coefficient, entropy_coefficient),
+                    objective,
+                );
+                sums.add(&out.sums);
+                Ok(ScoreGrads { logprobs: out.d_new, entropies: out.d_entropy })
+            };
+            let (pool, warp) = (&self.pool, sampling.warp());
+            let optimizer = &self.recipe.optimizer;
+            stats = learner.update(pool, &mut self.policy, &batch.groups, &warp, optimizer, lr, loss)?;
+            rows += stats.rows;
+            all.add(&sums);
+            if epoch == 0 {
+                first = sums;
+            }
+        }
+        let learner_s = start.elapsed().as_secs_f64();
+
+        let tokens = first.tokens.max(1) as f64;
+        let kl = first.kl / tokens;
+        let kl_coefficient = self.state.kl_coefficient;
+        self.state.kl_coefficient =
+            self.recipe.algorithm.objective.kl.next_coefficient(kl_coefficient, kl, first.tokens);
+        self.state.entropy =
+            self.recipe.algorithm.objective.entropy_control.next(&self.state.entropy, first.entropy / tokens);
+        self.state.steps = step;
+        self.state.version = self.policy.version.0;
+        self.state.updates = learner.adam.updates;
+        self.state.reward_states = self.scorer.states();
+        self.state.rollout_tokens += rollout.decoded_tokens as u64;
+        self.state.rollout_seconds += rollout.seconds;
+        self.state.learner_rows += rows as u64;
+        self.state.learner_seconds += learner_s;
+
+        let every = self.recipe.eval.every;
+        let eval_reward = match every > 0 && step.is_multiple_of(every) && !self.tasks.heldout.is_empty() {
+            true => Some(self.evaluate(engine)?.0.reward),
+            false => None,
+        };
+        let completions = groups.iter().flat_map(|g| &g.group.completions);
+        let count = completions.clone().count().max(1) as f64;
+        let metrics = StepMetrics {
+            step,
+            reward_mean: advantages.reward_mean,
+            reward_std: advantages.reward_std,
+            components: component_means(&groups),
+            kl,
+            entropy: first.entropy / tokens,
+            ratio_max_dev: first.ratio_max_dev,
+            clip_fraction: all.clipped as f64 / all.tokens.max(1) as f64,
+            zero_variance_groups: advantages.zero_variance_groups,
+            reward_errors: groups.iter().flat_map(|g| &g.outcomes).map(|o| o.errors.len()).sum(),
+            completion_tokens_mean: completions.clone().map(|c| c.tokens.len()).sum::<usize>() as f64 / count,
+            truncated_fraction: completions.filter(|c| c.finish == FinishReason::Length).count() as f64
+                / count,
+            grad_norm: stats.grad_norm,
+            lr,
+            loss: first.loss,
+            rollout_s: rollout.seconds,
+            reward_s,
+            learner_s,
+            rollout_tokens_per_s: rollout.decoded_tokens as f64 / rollout.seconds.max(1e-9),
+            learner_tokens_per_s: rows as f64 / learner_s.max(1e-9),
+            kv_blocks_peak: rollout.peak_blocks,
+            rss_peak_bytes: rss_peak_bytes(),
+            kl_coefficient,
+            eval_reward,
+        };
+        let logged = match self.recipe.train.log_groups {
+            0 => groups.len(),
+            n => n.min(groups.len()),
+        };
+        let samples = sample_rows(step, &groups[..logged], &advantages.values);
+        folder.samples(&samples)?;
+        folder.metrics(step, &metrics.to_json())?;
+        progress.grpo_step(&metrics);
+        warn_about(&metrics, &groups, progress);
+        Ok(())
+    }
+
+    /// Draws and scores the groups of a step; verifiers run while later groups still decode.
+    fn roll_out(
+        &self,
+        engine: &mut RolloutEngine,
+        sampling: &SamplingConfig,
+        step: u64,
+        total: u64,
+    ) -> Result<(Vec<ScoredGroup>, RolloutStats, f64)> {
+        let prompts = self.recipe.rollout.prompts_per_step as u64;
+        let mut order = Order::new(self.recipe.seed, self.tasks.train.len());
+        let requests: Vec<Request> = (0..prompts)
+            .map(|i| Request {
+                prompt: Arc::clone(&self.tasks.train[order.at((step - 1) * prompts + i)]),
+                samples: self.recipe.rollout.group_size,
+            })
+            .collect();
+        let key = RolloutKey { seed: self.recipe.seed, step, version: self.policy.version };
+        let mut scoring = self.scorer.start(step, total, self.recipe.seed);
+        let mut model = PagedDecoder::new(self.policy.weights());
+        let stats = engine.generate(
+            &mut model,
+            &self.pool,
+            &self.tokenizer,
+            &requests,
+            sampling,
+            key,
+            &mut |i, group| {
+                scoring.submit(i, group);
+                Ok(())
+            },
+        )?;
+        let waiting = Instant::now();
+        let groups = scoring.finish()?;
+        self.scorer.end_step(&groups, step, total, self.recipe.seed)?;
+        Ok((groups, stats, waiting.elapsed().as_secs_f64()))
+    }
+
+    fn reference_weights(&self) -> Option<Weights<'_>> {
+        if !self.recipe.algorithm.objective.needs_reference() {
+            return None;
+        }
+        match &self.reference {
+            Some(base) => Some(self.policy.weights_over(base)),
+            None => Some(self.policy.base_weights()),
+        }
+    }
+
+    fn reference_logprobs(&self, learner: &mut Learner, batch: &StepBatch, warp: &Warp) -> Option<Vec<f32>> {
+        let weights = self.reference_weights()?;
+        Some(learner.score(&self.pool, &weights, &batch.groups, warp).logprobs)
+    }
+
+    /// Advantages of all completions in order; a KL penalty placed in the reward is taken off first.
+    fn advantages(&self, groups: &[ScoredGroup], batch: &StepBatch, reference: Option<&[f32]>) -> Advantages {
+        let raw: Vec<Option<f64>> = groups.iter().flat_map(|g| &g.outcomes).map(|o| o.reward).collect();
+        let (config, kl) = (&self.recipe.algorithm.advantage, &self.recipe.algorithm.objective.kl);
+        let ranges = groups_of(raw.len(), self.recipe.rollout.group_size);
+        if config.combine == Combine::NormalizeThenSum {
+            // a valid recipe has one weight for all rewards here
+            let rows = component_rows(groups);
+            let weight = self.recipe.reward.first().map_or(1.0, |r| r.weight);
+            return matrix_advantages(
+                &rows,
+                &vec![weight; rows.first().map_or(0, Vec::len)],
+                &ranges,
+                config,
+            );
+        }
+        let lengths: Vec<usize> = batch.offsets.windows(2).map(|row| row[1] - row[0]).collect();
+        let of = |values: &[Option<f64>]| {
+            grouped(&Rewards { values, lengths: &lengths, greedy: &[] }, &ranges, config)
+        };
+        let plain = of(&raw);
+        let (Some(reference), Placement::Reward) = (reference, kl.placement) else { return plain };
+        let penalised: Vec<Option<f64>> = raw
+            .iter()
+            .zip(batch.offsets.windows(2))
+            .map(|(reward, row)| {
+                let penalty = kl.reward_penalty(
+                    self.state.kl_coefficient,
+                    &batch.old[row[0]..row[1]],
+                    &reference[row[0]..row[1]],
+                );
+                reward.map(|r| r - penalty)
+            })
+            .collect();
+        Advantages { values: of(&penalised).values, ..plain }
+    }
+}
+
+fn sample_rows(step: u64, groups: &[ScoredGroup], advantages: &[f32]) -> Vec<Value> {
+    let samples = groups.iter().flat_map(|g| {
+        let prompt = &g.group.prompt;
+        g.group.completions.iter().zip(&g.outcomes).enumerate().map(move |(i, pair)| (prompt, i, pair))
+    });
+    samples
+        .zip(advantages)
+        .map(|((prompt, sample, (completion, outcome)), advantage)| {
+            let mut row = (*prompt.fields).clone();
+            let components: Map<String, Value> =
+                outcome.components.iter().map(|(n, v)| (n.clone(), json!(v))).collect();
+            let own = json!({
+                "step": step,
+                "id": prompt.id,
+                "sample": sample,
+                "prompt": prompt.text,
+                "completion": completion.text,
+                "reward": outcome.reward,
+                "components": components,
+                "errors": outcome.errors,
+                "advantage": advantage,
+                "finish_reason": completion.finish,
+                "tokens": completion.tokens,
+                "token_ends": completion.token_ends,
+                "logprobs": completion.logprobs,
+            });
+            if let Value::Object(own) = own {
+                row.extend(own);
+            }
+            Value::Object(row)
+        })
+        .collect()
+}
+
+/// Says in words when a step cannot have taught anything, or when verifiers failed.
+fn warn_about(metrics: &StepMetrics, groups: &[ScoredGroup], progress: &mut Progress) {
+    let say = |line: String| progress.say(&format!("warning: step {}: {line}", metrics.step));
+    if metrics.zero_variance_groups == groups.len() {
+        say(format!(
+            "every group's rewards are equal (mean {:.3}): nothing was learned. hint: easier or harder prompts, a larger \
+             group, or a reward with more levels",
+            metrics.reward_mean
+        ));
+    }
+    for e in error_counts(groups) {
+        say(format!("{} calls of {} failed ({}), the first: {}", e.count, e.script, e.kind, e.first));
+    }
+}

@@ -1,0 +1,328 @@
+//! The training loop: the one place that sees data, rollout, reward, advantage, loss and learner together.
+//!
+//! A run is a list of stages. All that a stage's next step depends on is in `State` and the trainable weights
+//! and moments; both are in every checkpoint, so a resumed run takes the very same steps.
+
+mod batch;
+mod grpo;
+mod saved;
+mod sft;
+mod tasks;
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use rft_kernels::Pool;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+
+use crate::config::{Recipe, StageConfig, StageKind};
+use crate::data::arithmetic;
+use crate::data::tokenizer::Tokenizer;
+use crate::error::{EngineError, Result};
+use crate::eval::Evaluation;
+use crate::learner::schedule::learning_rate;
+use crate::learner::step::Learner;
+use crate::loss::entropy::EntropyState;
+use crate::memory::MemoryPlan;
+use crate::model::decoder::PagedDecoder;
+use crate::model::export::ModelFiles;
+use crate::model::lora::Adapter;
+use crate::model::params::Arena;
+use crate::model::peft::PeftAdapter;
+use crate::model::policy::{Policy, new_model_spec};
+use crate::model::source::ModelSource;
+use crate::report::metrics::{EvalResult, Summary, environment, rss_peak_bytes};
+use crate::report::progress::{self, Example, Progress};
+use crate::report::sinks::RunFolder;
+use crate::reward::{ScoredGroup, Scorer};
+use crate::rollout::{RolloutEngine, RolloutKey, SamplingConfig};
+use tasks::{Tasks, load_tasks};
+
+/// `RolloutKey::step` of evaluations, apart from all training steps.
+const EVAL_STEP: u64 = 1 << 63;
+
+/// The whole of a step's randomness and position; what a checkpoint holds beside the buffers.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+struct State {
+    /// BLAKE3 of the resolved recipe; a checkpoint belongs to one recipe.
+    recipe: String,
+    stage: usize,
+    step_in_stage: u64,
+    /// GRPO steps over all stages.
+    steps: u64,
+    version: u64,
+    updates: u64,
+    kl_coefficient: f64,
+    entropy: EntropyState,
+    /// `ctx.state` of each verifier, as JSON text.
+    #[serde(default)]
+    reward_states: Vec<String>,
+    eval_before: Option<EvalResult>,
+    seconds: f64,
+    rollout_tokens: u64,
+    rollout_seconds: f64,
+    learner_rows: u64,
+    learner_seconds: f64,
+}
+
+/// A run made ready: everything loaded and checked, nothing written.
+pub struct Run {
+    recipe: Recipe,
+    pool: Pool,
+    tokenizer: Tokenizer,
+    files: ModelFiles,
+    policy: Policy,
+    reference: Option<Arena>,
+    tasks: Tasks,
+    scorer: Scorer,
+    plan: MemoryPlan,
+    state: State,
+}
+
+impl Run {
+    /// Loads model, data and verifiers of a recipe and plans its memory.
+    ///
+    /// # Errors
+    /// Whatever is missing, malformed or does not fit, by name.
+    pub fn prepare(recipe: Recipe) -> Result<Self> {
+        let pool = Pool::new(recipe.devices.thread_count());
+        let scorer = Scorer::new(&recipe.reward, recipe.devices.thread_count())?;
+        let source = recipe.model.path.as_ref().map(ModelSource::open).transpose()?;
+        let tokenizer = match &source {
+            Some(source) => source.tokenizer()?,
+            None => arithmetic::tokenizer()?,
+        };
+        let tasks = load_tasks(&recipe, source.as_ref(), &tokenizer)?;
+        let prompt_tokens = longest(tasks.train.iter().chain(&tasks.heldout).map(|p| p.tokens.len()));
+        let positions = prompt_tokens
+            + recipe.rollout.max_new_tokens.max(longest(tasks.demonstrations.iter().map(Vec::len)));
+        let (mut policy, files) = match (&source, &recipe.model.new) {
+            (Some(source), _) => {
+                if positions > source.spec().max_positions {
+                    return Err(EngineError::Config(format!(
+                        "the longest prompt and completion need {positions} positions and the model has {}. hint: lower \
+                         data.max_prompt_tokens or rollout.max_new_tokens",
+                        source.spec().max_positions
+                    )));
+                }
+                (load_policy(&pool, source, &recipe)?, source.files()?)
+            }
+            (None, Some(shape)) => {
+                let eos = *tokenizer
+                    .eos()
+                    .first()
+                    .ok_or_else(|| EngineError::Model("the tokenizer names no end token".into()))?;
+                let spec = new_model_spec(shape, tokenizer.vocab_size(), eos, positions.next_power_of_two())?;
+                let files = ModelFiles::new(spec.to_config_json("float32"), &tokenizer, None)?;
+                (Policy::init(spec, recipe.seed), files)
+            }
+            (None, None) => unreachable!("a validated recipe has a model"),
+        };
+        policy.prepare(&pool, positions, recipe.model.precision);
+        let needs_copy = recipe.algorithm.objective.needs_reference() && policy.adapter.is_none();
+        let mut largest = (0, 0);
+        for stage in 0..recipe.stages().len() {
+            policy.choose_trained(&recipe.model, recipe.seed, stage)?;
+            largest = largest.max((policy.trainable().trainable_len(), stage));
+        }
+        policy.choose_trained(&recipe.model, recipe.seed, largest.1)?;
+        let plan = MemoryPlan::new(&recipe, &policy, needs_copy, prompt_tokens)?;
+        policy.choose_trained(&recipe.model, recipe.seed, 0)?;
+        let state = State {
+            recipe: blake3::hash(recipe.to_toml().as_bytes()).to_hex().to_string(),
+            kl_coefficient: recipe.algorithm.objective.kl.coefficient,
+            entropy: EntropyState::new(recipe.algorithm.objective.entropy_coefficient),
+            ..State::default()
+        };
+        Ok(Self { recipe, pool, tokenizer, files, policy, reference: None, tasks, scorer, plan, state })
+    }
+
+    /// The memory plan.
+    pub fn plan(&self) -> &MemoryPlan {
+        &self.plan
+    }
+
+    /// One line on what will run.
+    pub fn describe(&self) -> String {
+        let million = |n: usize| n as f64 / 1e6;
+        format!(
+            "{:.2} M parameters ({:.2} M trained, {:?}), {} training prompts ({} dropped as too long), {} held out, {} threads",
+            million(self.policy.base.count()),
+            million(self.policy.trainable_count()),
+            self.recipe.model.precision,
+            self.tasks.train.len(),
+            self.tasks.dropped,
+            self.tasks.heldout.len(),
+            self.pool.threads()
+        )
+    }
+
+    /// Runs all stages and writes the run folder. With `resume`, goes on from its last good checkpoint.
+    ///
+    /// # Errors
+    /// [`EngineError::Interrupted`] when `stop` is set: the step in progress is finished and saved first.
+    pub fn train(mut self, root: &Path, resume: bool, stop: &AtomicBool) -> Result<Summary> {
+        let checkpoints = root.join("checkpoints");
+        let mut learner = Learner::new(&self.policy, self.plan.max_rows);
+        let mut folder = if resume {
+            self.restore(&checkpoints, &mut learner)?;
+            match self.position() {
+                0 => eprintln!("no checkpoint yet: starting from the first step"),
+                n => eprintln!("resuming after {n} steps"),
+            }
+            RunFolder::resume(root, self.state.steps)?
+        } else {
+            RunFolder::create(root, &self.recipe.to_toml())?
+        };
+        let mut engine = RolloutEngine::new(&PagedDecoder::new(self.policy.weights()), self.plan.kv_blocks);
+        let stages = self.recipe.stages();
+        let mut clock = Instant::now();
+        while let Some(stage) = stages.get(self.state.stage) {
+            if self.state.step_in_stage == 0 {
+                self.policy.choose_trained(&self.recipe.model, self.recipe.seed, self.state.stage)?;
+                learner.begin_stage(&self.policy);
+                if stage.kind == StageKind::Grpo {
+                    self.begin_grpo(&checkpoints, &mut engine)?;
+                }
+            }
+            let total = stage.steps.unwrap_or(self.recipe.train.steps);
+            let label = match stage.kind {
+                StageKind::Sft => "sft",
+                StageKind::Grpo => "grpo",
+            };
+            let mut progress = Progress::start(label, self.state.step_in_stage, total);
+            while self.state.step_in_stage < total {
+                match stage.kind {
+                    StageKind::Sft => self.sft_step(stage, total, &mut learner, &mut progress)?,
+                    StageKind::Grpo => {
+                        self.grpo_step(stage, total, &mut learner, &mut engine, &mut folder, &mut progress)?;
+                    }
+                }
+                self.state.step_in_stage += 1;
+                let every = self.recipe.train.checkpoint_every;
+                let stopping = stop.load(Ordering::SeqCst);
+                let due = every > 0 && self.state.step_in_stage.is_multiple_of(every);
+                if stopping || (due && self.state.step_in_stage < total) {
+                    self.state.seconds += clock.elapsed().as_secs_f64();
+                    clock = Instant::now();
+                    self.save(&checkpoints, &learner)?;
+                }
+                if stopping {
+                    return Err(EngineError::Interrupted);
+                }
+            }
+            progress.finish();
+            self.state.stage += 1;
+            self.state.step_in_stage = 0;
+            self.state.seconds += clock.elapsed().as_secs_f64();
+            clock = Instant::now();
+            self.save(&checkpoints, &learner)?;
+        }
+        self.finish(&mut engine, &folder, clock)
+    }
+
+    pub(super) fn evaluate(&self, engine: &mut RolloutEngine) -> Result<(EvalResult, Vec<ScoredGroup>)> {
+        let sampling = self.sampling(self.recipe.eval.temperature);
+        let evaluation = Evaluation {
+            prompts: &self.tasks.heldout,
+            samples: self.recipe.eval.samples,
+            sampling: &sampling,
+            scorer: &self.scorer,
+            full_reward: self.recipe.reward.iter().map(|r| r.weight).sum(),
+            progress: (self.state.steps, self.recipe.train.steps),
+        };
+        let key = RolloutKey { seed: self.recipe.seed, step: EVAL_STEP, version: self.policy.version };
+        let mut model = PagedDecoder::new(self.policy.weights());
+        let (result, groups, _) = evaluation.run(engine, &mut model, &self.pool, &self.tokenizer, key)?;
+        Ok((result, groups))
+    }
+
+    pub(super) fn sampling(&self, temperature: f32) -> SamplingConfig {
+        let r = &self.recipe.rollout;
+        SamplingConfig {
+            max_new_tokens: r.max_new_tokens,
+            temperature,
+            top_k: r.top_k,
+            top_p: r.top_p,
+            min_p: r.min_p,
+            stop: r.stop.clone(),
+            stop_tokens: self.tokenizer.eos().to_vec(),
+        }
+    }
+
+    pub(super) fn learning_rate(&self, stage: &StageConfig, update: u64, total: u64) -> f64 {
+        let o = &self.recipe.optimizer;
+        learning_rate(o.schedule, stage.lr.unwrap_or(o.lr), update, total, o.warmup_updates)
+    }
+
+    fn finish(mut self, engine: &mut RolloutEngine, folder: &RunFolder, clock: Instant) -> Result<Summary> {
+        let root = folder.root();
+        self.write_merged(&root.join("final"))?;
+        let after = if self.tasks.heldout.is_empty() { None } else { Some(self.evaluate(engine)?) };
+        self.state.seconds += clock.elapsed().as_secs_f64();
+        let components = |result: Option<&EvalResult>| -> Map<String, Value> {
+            result.iter().flat_map(|r| &r.components).map(|(n, v)| (n.clone(), json!(v))).collect()
+        };
+        let before = self.state.eval_before.as_ref();
+        let summary = Summary {
+            steps: self.state.steps,
+            seconds: self.state.seconds,
+            eval_before: before.map(|e| e.reward),
+            eval_after: after.as_ref().map(|(e, _)| e.reward),
+            eval_before_components: components(before),
+            eval_after_components: components(after.as_ref().map(|(e, _)| e)),
+            rollout_tokens_per_s: self.state.rollout_tokens as f64 / self.state.rollout_seconds.max(1e-9),
+            learner_tokens_per_s: self.state.learner_rows as f64 / self.state.learner_seconds.max(1e-9),
+            rss_peak_bytes: rss_peak_bytes(),
+            final_model: "final".into(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            environment: environment(self.pool.threads(), rft_kernels::isa().name()),
+        };
+        folder.json("summary.json", &summary)?;
+        crate::report::html::write(root)?;
+        if let (Some(before), Some((after, groups))) = (before, &after) {
+            eprint!("\n{}", progress::before_after(before, after));
+            let shown: Vec<Example> = groups.iter().take(3).map(example).collect();
+            eprint!("\n{}", progress::examples(&shown));
+        }
+        eprint!("\n{}", progress::places(root));
+        Ok(summary)
+    }
+}
+
+/// The policy of a recipe that names a model: the base, quantised or not, and its adapter, new or read.
+fn load_policy(pool: &Pool, source: &ModelSource, recipe: &Recipe) -> Result<Policy> {
+    let model = &recipe.model;
+    let adapted = model.lora.is_some() || model.adapter.is_some();
+    let mut policy = Policy::load_base(pool, source, !adapted, model.quantize)?;
+    if let Some(config) = &model.lora {
+        policy.adapter = Some(Adapter::new(&policy.spec, config, recipe.seed)?);
+    }
+    if let Some(folder) = &model.adapter {
+        PeftAdapter::open(folder)?.load_into(&mut policy, recipe.seed)?;
+    }
+    Ok(policy)
+}
+
+fn longest(lengths: impl Iterator<Item = usize>) -> usize {
+    lengths.max().unwrap_or(0)
+}
+
+fn example(scored: &ScoredGroup) -> Example {
+    Example {
+        prompt: scored.group.prompt.text.clone(),
+        completion: scored.group.completions[0].text.clone(),
+        reward: scored.outcomes[0].reward,
+        components: scored.outcomes[0].components.clone(),
+    }
+}
+
+/// The first of `runs/NAME-1`, `runs/NAME-2`, … that does not exist.
+pub fn free_run_dir(name: &str) -> PathBuf {
+    (1..)
+        .map(|n| PathBuf::from(format!("runs/{name}-{n}")))
+        .find(|p| !p.exists())
+        .expect("numbers do not run out")
+}
