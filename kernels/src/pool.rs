@@ -169,9 +169,15 @@ impl State {
         self.job.store(std::ptr::from_ref(job).cast_mut().cast(), Ordering::Relaxed);
         let epoch = (self.gate.load(Ordering::Relaxed) >> EPOCH) + 1;
         self.gate.store(epoch << EPOCH | OPEN, Ordering::SeqCst);
-        if self.sleepers.load(Ordering::SeqCst) > 0 {
+        let sleepers = self.sleepers.load(Ordering::SeqCst);
+        if sleepers > 0 {
             drop(self.hold());
-            self.wake.notify_all();
+            // no more than there is work for: a crowd that wakes for nothing fights over the lock
+            if job.items > sleepers {
+                self.wake.notify_all();
+            } else {
+                (1..job.items).for_each(|_| self.wake.notify_one());
+            }
         }
     }
 

@@ -1,7 +1,9 @@
 //! The worker pool.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::hint::black_box;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use rft_kernels::Pool;
 
@@ -48,6 +50,47 @@ fn a_run_inside_an_item_and_from_two_threads_ends() {
         }
     });
     assert_eq!(done.into_inner(), 2 * 100 * 4 * 3);
+}
+
+/// Time of many short jobs, as a decoding pass has them: about 0.1 s of one thread in all.
+fn short_jobs(pool: &Pool) -> Duration {
+    let start = Instant::now();
+    for _ in 0..400 {
+        pool.run(12, |i| _ = black_box((0..20_000u64).fold(i as u64, |a, b| black_box(a ^ b))));
+    }
+    start.elapsed()
+}
+
+#[test]
+fn a_crowd_of_threads_or_a_busy_core_slows_short_jobs_little() {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let (one, all, crowd) = (Pool::new(1), Pool::new(cores), Pool::new(4 * cores));
+    let spinning = AtomicBool::new(false);
+    let over = AtomicBool::new(false);
+    let mut best = [Duration::MAX; 3];
+    std::thread::scope(|scope| {
+        // another program's thread: it computes whenever it may
+        scope.spawn(|| {
+            while !over.load(Ordering::Relaxed) {
+                if spinning.load(Ordering::Relaxed) {
+                    std::hint::spin_loop();
+                } else {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+            }
+        });
+        for _ in 0..5 {
+            best[0] = best[0].min(short_jobs(&one));
+            best[1] = best[1].min(short_jobs(&crowd));
+            spinning.store(true, Ordering::Relaxed);
+            best[2] = best[2].min(short_jobs(&all));
+            spinning.store(false, Ordering::Relaxed);
+        }
+        over.store(true, Ordering::Relaxed);
+    });
+    println!("one thread, four a core, one a core beside a busy one: {best:?}");
+    // a barrier that waits for a thread without a core costs a time slice a job: twenty times as much
+    assert!(best[1] < 3 * best[0] && best[2] < 3 * best[0], "{best:?}");
 }
 
 #[test]
