@@ -29,6 +29,34 @@ pub struct Tokenizer {
     vocab_size: usize,
     /// The bytes that no token covers, where printable ASCII is among them.
     gaps: Option<Arc<[bool; 256]>>,
+    /// Of a byte-level vocabulary, what each token stands for.
+    bytes: Option<Arc<TokenBytes>>,
+}
+
+/// The bytes of all tokens one after another, and where each ends.
+struct TokenBytes {
+    bytes: Vec<u8>,
+    ends: Vec<u32>,
+}
+
+impl TokenBytes {
+    fn new(inner: &tokenizers::Tokenizer, vocab_size: usize) -> Self {
+        let mut table = Self { bytes: Vec::new(), ends: Vec::with_capacity(vocab_size) };
+        for id in 0..vocab_size as TokenId {
+            if let Some(token) = inner.id_to_token(id) {
+                push_token_bytes(&token, &mut table.bytes);
+            }
+            table.ends.push(table.bytes.len() as u32);
+        }
+        table
+    }
+
+    /// Nothing for ids outside the vocabulary.
+    fn of(&self, id: TokenId) -> &[u8] {
+        let Some(&end) = self.ends.get(id as usize) else { return &[] };
+        let start = (id as usize).checked_sub(1).map_or(0, |before| self.ends[before]);
+        &self.bytes[start as usize..end as usize]
+    }
 }
 
 impl std::fmt::Debug for Tokenizer {
@@ -70,6 +98,8 @@ impl Tokenizer {
         ends.sort_unstable();
         ends.dedup();
         let gaps = byte_gaps(&inner).map(Arc::new);
+        let byte_level = matches!(inner.get_decoder(), Some(DecoderWrapper::ByteLevel(_)));
+        let bytes = byte_level.then(|| Arc::new(TokenBytes::new(&inner, vocab_size)));
         Ok(Self {
             inner: Arc::new(inner),
             special_tokens,
@@ -77,6 +107,7 @@ impl Tokenizer {
             eos: ends,
             vocab_size,
             gaps,
+            bytes,
         })
     }
 
@@ -248,10 +279,6 @@ impl Tokenizer {
     pub fn to_json(&self) -> Result<String> {
         self.inner.to_string(true).map_err(|e| EngineError::Model(format!("tokenizer: {e}")))
     }
-
-    fn is_byte_level(&self) -> bool {
-        matches!(self.inner.get_decoder(), Some(DecoderWrapper::ByteLevel(_)))
-    }
 }
 
 /// Reads a `tokenizer.json`.
@@ -394,10 +421,9 @@ enum Mode {
 impl Detokenizer {
     /// Starts an empty text.
     pub fn new(tokenizer: &Tokenizer, skip_special: bool) -> Self {
-        let mode = if tokenizer.is_byte_level() {
-            Mode::Bytes(vec![])
-        } else {
-            Mode::Window { anchor: 0, known: 0 }
+        let mode = match &tokenizer.bytes {
+            Some(_) => Mode::Bytes(vec![]),
+            None => Mode::Window { anchor: 0, known: 0 },
         };
         Self {
             tokenizer: tokenizer.clone(),
@@ -409,6 +435,13 @@ impl Detokenizer {
         }
     }
 
+    /// Makes room for `tokens` more ids, and for their text at four bytes each.
+    pub fn reserve(&mut self, tokens: usize) {
+        self.ids.reserve_exact(tokens);
+        self.ends.reserve_exact(tokens);
+        self.text.reserve(4 * tokens);
+    }
+
     /// Takes one more id and returns the text that it completed (often the token, sometimes nothing).
     pub fn push(&mut self, id: TokenId) -> &str {
         let before = self.text.len();
@@ -416,9 +449,8 @@ impl Detokenizer {
         match &mut self.mode {
             Mode::Bytes(pending) => {
                 if !(self.skip_special && self.tokenizer.is_special(id)) {
-                    if let Some(token) = self.tokenizer.id_to_token(id) {
-                        push_token_bytes(&token, pending);
-                    }
+                    pending
+                        .extend_from_slice(self.tokenizer.bytes.as_ref().map_or(&[], |bytes| bytes.of(id)));
                     take_complete(pending, &mut self.text);
                 }
             }

@@ -65,6 +65,12 @@ pub(super) struct Routing {
     starts: Vec<usize>,
     /// Pairs of row r in ascending order of experts: `of_row[r * t..(r + 1) * t]`.
     of_row: Vec<u32>,
+    /// Experts of row r, ascending: `chosen[r * t..(r + 1) * t]`.
+    chosen: Vec<u32>,
+    /// All experts, the most likely first; reused from row to row.
+    order: Vec<u32>,
+    /// Where an expert's next pair goes.
+    next: Vec<usize>,
 }
 
 /// Buffers reused from layer to layer.
@@ -97,8 +103,8 @@ impl Routing {
     fn choose(&mut self, moe: &MoeSpec) {
         let (e, t) = (moe.experts, moe.per_token);
         let m = self.probs.len() / e;
-        let mut chosen: Vec<u32> = Vec::with_capacity(m * t);
-        let mut order: Vec<u32> = Vec::new();
+        let (chosen, order) = (&mut self.chosen, &mut self.order);
+        chosen.clear();
         for probs in self.probs.chunks_exact(e) {
             order.clear();
             order.extend(0..e as u32);
@@ -112,13 +118,13 @@ impl Routing {
         }
         self.starts.clear();
         self.starts.resize(e + 1, 0);
-        for &expert in &chosen {
+        for &expert in chosen.iter() {
             self.starts[expert as usize + 1] += 1;
         }
         for i in 0..e {
             self.starts[i + 1] += self.starts[i];
         }
-        let mut next = self.starts.clone();
+        self.next.clone_from(&self.starts);
         self.rows.resize(m * t, 0);
         self.weights.resize(m * t, 0.0);
         self.of_row.resize(m * t, 0);
@@ -126,8 +132,8 @@ impl Routing {
             let probs = &self.probs[row * e..(row + 1) * e];
             let norm = scale(moe, chosen.iter().map(|&i| probs[i as usize]));
             for (rank, &expert) in chosen.iter().enumerate() {
-                let pair = next[expert as usize];
-                next[expert as usize] += 1;
+                let pair = self.next[expert as usize];
+                self.next[expert as usize] += 1;
                 self.rows[pair] = row as u32;
                 self.weights[pair] = probs[expert as usize] / norm;
                 self.of_row[row * t + rank] = pair as u32;

@@ -58,6 +58,7 @@ pub struct RolloutEngine {
     logits: Vec<f32>,
     keys: Vec<DrawKey>,
     drawn: Vec<Drawn>,
+    runs: Vec<PagedRun<'static>>,
     prefill_rows: usize,
 }
 
@@ -71,6 +72,7 @@ impl RolloutEngine {
             logits: Vec::new(),
             keys: Vec::new(),
             drawn: Vec::new(),
+            runs: Vec::new(),
             prefill_rows: PREFILL_ROWS,
         }
     }
@@ -121,7 +123,7 @@ impl RolloutEngine {
         let chunk = logits_rows(model.vocab());
         while !scheduler.is_done() {
             scheduler.plan(&mut self.plan);
-            forward(model, pool, &mut self.cache, &self.plan, &scheduler);
+            forward(model, pool, &mut self.cache, &self.plan, &scheduler, &mut self.runs);
             scheduler.computed(&self.plan);
             stats.passes += 1;
             let drawers = &self.plan.drawers;
@@ -130,14 +132,16 @@ impl RolloutEngine {
                 model.logits(pool, rows.clone(), &mut self.logits);
                 draw_keys(&scheduler, &drawers[rows.clone()], &mut self.keys);
                 sample_rows(pool, &mut self.logits, model.vocab(), &self.keys, sampling, &mut self.drawn);
-                let drawn_for = drawers[rows].iter().flat_map(|&owner| owner_samples(&scheduler, owner));
-                let drawn_for: Vec<(usize, usize)> = drawn_for.collect();
-                for ((g, s), drawn) in drawn_for.into_iter().zip(&self.drawn) {
-                    let group = &mut scheduler.groups[g];
-                    group.check(s, drawn)?;
-                    stats.decoded_tokens += 1;
-                    if group.samples[s].push(*drawn, sampling) && scheduler.finished(g, s) {
-                        on_group(g, scheduler.groups[g].take_group(key.version))?;
+                let mut drawn = self.drawn.iter();
+                for &owner in &drawers[rows] {
+                    for (g, s) in owner_samples(&scheduler, owner) {
+                        let drawn = drawn.next().expect("one draw a sample of each selected row");
+                        let group = &mut scheduler.groups[g];
+                        group.check(s, drawn)?;
+                        stats.decoded_tokens += 1;
+                        if group.samples[s].push(*drawn, sampling) && scheduler.finished(g, s) {
+                            on_group(g, scheduler.groups[g].take_group(key.version))?;
+                        }
                     }
                 }
             }
@@ -193,7 +197,14 @@ fn group_states(requests: &[Request], key: &RolloutKey, tokenizer: &Tokenizer) -
     requests.iter().map(group).collect()
 }
 
-fn forward(model: &mut dyn PagedModel, pool: &Pool, cache: &mut KvCache, plan: &Plan, scheduler: &Scheduler) {
+fn forward(
+    model: &mut dyn PagedModel,
+    pool: &Pool,
+    cache: &mut KvCache,
+    plan: &Plan,
+    scheduler: &Scheduler,
+    scratch: &mut Vec<PagedRun<'static>>,
+) {
     assert!(!plan.runs.is_empty(), "an unfinished rollout always has a row to run");
     plan.copies.iter().for_each(|&(from, to)| cache.copy_block(from, to));
     let run = |r: &crate::rollout::scheduler::PlannedRun| PagedRun {
@@ -202,7 +213,8 @@ fn forward(model: &mut dyn PagedModel, pool: &Pool, cache: &mut KvCache, plan: &
         first_pos: r.first_pos,
         table: scheduler.table(r.owner),
     };
-    let runs: Vec<PagedRun> = plan.runs.iter().map(run).collect();
+    let mut runs: Vec<PagedRun> = recycle(std::mem::take(scratch));
+    runs.extend(plan.runs.iter().map(run));
     let batch = PagedBatch {
         tokens: &plan.tokens,
         positions: &plan.positions,
@@ -211,6 +223,13 @@ fn forward(model: &mut dyn PagedModel, pool: &Pool, cache: &mut KvCache, plan: &
         select: &plan.select,
     };
     model.forward(pool, cache, &batch);
+    *scratch = recycle(runs);
+}
+
+/// The vector emptied, for elements that borrow from elsewhere; its allocation stays (collecting works in place).
+fn recycle<'a>(mut runs: Vec<PagedRun<'_>>) -> Vec<PagedRun<'a>> {
+    runs.clear();
+    runs.into_iter().map(|_| unreachable!("the vector is empty")).collect()
 }
 
 /// Who draws from an owner's last row: every sample of a fresh prompt, or the one sample.

@@ -108,6 +108,8 @@ pub fn logits_rows(vocab: usize) -> usize {
 
 thread_local! {
     static SCRATCH: RefCell<Vec<(f32, u32)>> = const { RefCell::new(Vec::new()) };
+    /// Log of the sum of exponentials of each row.
+    static LSES: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
 /// Makes the draws `keys` from `logits [rows, vocab]`, which are warped in place; `drawn` gets one token a key.
@@ -120,20 +122,24 @@ pub fn sample_rows(
     drawn: &mut Vec<Drawn>,
 ) {
     let warp = sampling.warp();
-    let stats = pool
-        .map_chunks(logits, vocab, |_, row| SCRATCH.with_borrow_mut(|scratch| warp_row(row, &warp, scratch)));
+    let mut lses = LSES.take();
+    lses.resize(logits.len() / vocab, 0.0);
+    pool.map_chunks_into(logits, vocab, &mut lses, |_, row| {
+        SCRATCH.with_borrow_mut(|scratch| warp_row(row, &warp, scratch)).lse
+    });
     let logits = &*logits;
     drawn.clear();
     drawn.resize(keys.len(), Drawn::default());
     pool.map_chunks(drawn, 1, |i, drawn| {
         let key = &keys[i];
-        let (row, lse) = (&logits[key.row * vocab..(key.row + 1) * vocab], stats[key.row].lse);
+        let (row, lse) = (&logits[key.row * vocab..(key.row + 1) * vocab], lses[key.row]);
         let token = match sampling.temperature == 0.0 {
             true => argmax(row),
             false => draw(row, lse, unit(key.stream.at(key.at))),
         };
         drawn[0] = Drawn { token, logprob: row[token as usize] - lse };
     });
+    LSES.set(lses);
 }
 
 #[cfg(test)]

@@ -74,6 +74,7 @@ pub struct Scheduler<'a> {
     /// All groups of the rollout, in request order.
     pub groups: Vec<GroupState>,
     version: PolicyVersion,
+    max_new_tokens: usize,
     prefill_rows: usize,
     first_active: usize,
     /// What happened so far.
@@ -119,7 +120,7 @@ impl<'a> Scheduler<'a> {
             }
         }
         let (first_active, counts) = (0, Counts::default());
-        Ok(Self { blocks, groups, version, prefill_rows, first_active, counts })
+        Ok(Self { blocks, groups, version, max_new_tokens, prefill_rows, first_active, counts })
     }
 
     /// Whether every group is done.
@@ -187,10 +188,12 @@ impl<'a> Scheduler<'a> {
                     if self.blocks.free() < needed {
                         return;
                     }
-                    let table = group.table.clone();
-                    table.iter().for_each(|&id| self.blocks.retain(id));
-                    let sample = &mut self.groups[g].samples[s];
-                    (sample.table, sample.computed, sample.running) = (table, prompt, true);
+                    group.table.iter().for_each(|&id| self.blocks.retain(id));
+                    let GroupState { table, samples, .. } = &mut self.groups[g];
+                    let (sample, most) = (&mut samples[s], self.max_new_tokens);
+                    sample.reserve(most - sample.tokens.len(), (prompt + most).div_ceil(BLOCK));
+                    sample.table.extend_from_slice(table);
+                    (sample.computed, sample.running) = (prompt, true);
                 }
             }
         }

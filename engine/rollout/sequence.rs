@@ -90,6 +90,14 @@ impl Sequence {
         }
     }
 
+    /// Makes room for `tokens` more, and for a table of `blocks`, so that no pass of decoding allocates.
+    pub(super) fn reserve(&mut self, tokens: usize, blocks: usize) {
+        self.tokens.reserve_exact(tokens);
+        self.logprobs.reserve_exact(tokens);
+        self.text.reserve(tokens);
+        self.table.reserve_exact(blocks.saturating_sub(self.table.len()));
+    }
+
     /// Appends a drawn token; true when it ends the sample.
     ///
     /// A stop token ends it at once and adds no text; a stop string is looked for across token borders; the last
@@ -119,13 +127,16 @@ impl Sequence {
     }
 
     /// The finished sample: its text ends before the stop string.
-    fn into_completion(self) -> Completion {
+    fn into_completion(mut self) -> Completion {
+        self.tokens.shrink_to_fit();
+        self.logprobs.shrink_to_fit();
         let (mut text, mut token_ends) = self.text.finish();
         if let Some(cut) = self.cut {
             text.truncate(cut);
         }
         // a stop token adds no text
         token_ends.resize(self.tokens.len(), text.len() as u32);
+        token_ends.shrink_to_fit();
         token_ends.iter_mut().for_each(|end| *end = (*end).min(text.len() as u32));
         Completion {
             tokens: self.tokens,

@@ -103,27 +103,50 @@ impl Pool {
         }
     }
 
-    /// Calls `f(i, chunk)` for each `width`-long chunk of `data` and gives the results in order.
+    /// Calls `f(i, chunk)` for each `width`-long chunk of `data` and gives the results in order; allocates for them alone.
     pub fn map_chunks<T: Send, R: Send>(
         &self,
         data: &mut [T],
         width: usize,
         f: impl Fn(usize, &mut [T]) -> R + Sync,
     ) -> Vec<R> {
+        let mut results = Vec::with_capacity(data.len() / width.max(1));
+        let slots = Shared::new(results.spare_capacity_mut());
+        let items = self.chunks(data, width, |i, chunk| {
+            // SAFETY: item i alone touches result i.
+            _ = unsafe { slots.part(i, 1) }[0].write(f(i, chunk));
+        });
+        // SAFETY: every item has written its result; after a panic, which is passed on, none is read.
+        unsafe { results.set_len(items) };
+        results
+    }
+
+    /// As [`Pool::map_chunks`], with the results in `results`, one a chunk.
+    pub fn map_chunks_into<T: Send, R: Send>(
+        &self,
+        data: &mut [T],
+        width: usize,
+        results: &mut [R],
+        f: impl Fn(usize, &mut [T]) -> R + Sync,
+    ) {
+        assert_eq!(results.len() * width, data.len(), "one result a chunk of {width}");
+        let slots = Shared::new(results);
+        // SAFETY: item i alone touches result i.
+        self.chunks(data, width, |i, chunk| unsafe { slots.part(i, 1) }[0] = f(i, chunk));
+    }
+
+    /// Calls `f(i, chunk)` for each chunk; their number.
+    fn chunks<T: Send>(&self, data: &mut [T], width: usize, f: impl Fn(usize, &mut [T]) + Sync) -> usize {
         assert!(
             width > 0 && data.len().is_multiple_of(width),
             "{} elements in chunks of {width}",
             data.len()
         );
         let items = data.len() / width;
-        let mut results: Vec<Option<R>> = (0..items).map(|_| None).collect();
-        let (chunks, slots) = (Shared::new(data), Shared::new(&mut results));
-        self.run(items, |i| {
-            // SAFETY: item i alone touches chunk i and result i.
-            let (chunk, slot) = unsafe { (chunks.part(i * width, width), slots.part(i, 1)) };
-            slot[0] = Some(f(i, chunk));
-        });
-        results.into_iter().map(|r| r.expect("run calls every item")).collect()
+        let chunks = Shared::new(data);
+        // SAFETY: item i alone touches chunk i.
+        self.run(items, |i| f(i, unsafe { chunks.part(i * width, width) }));
+        items
     }
 }
 

@@ -1,7 +1,7 @@
 //! The worker pool.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::hint::black_box;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 

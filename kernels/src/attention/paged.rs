@@ -24,8 +24,24 @@ pub struct PagedRun<'a> {
 /// Most rows of one work item.
 const ROWS: usize = 16;
 
+/// What an item or a call needs, kept from one to the next: a decoding pass allocates nothing.
+#[derive(Default)]
+struct Scratch {
+    scores: Vec<f32>,
+    tiles: Vec<KeyTile<'static>>,
+    queries: Vec<Query<'static>>,
+    pieces: Vec<Piece>,
+    items: Vec<(usize, usize)>,
+}
+
 thread_local! {
-    static SCORES: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+/// The vector emptied, for elements that borrow from elsewhere; its allocation stays (collecting works in place).
+fn recycle<A, B>(mut vector: Vec<A>) -> Vec<B> {
+    vector.clear();
+    vector.into_iter().map(|_| unreachable!("the vector is empty")).collect()
 }
 
 /// out[rows, heads·d] = attention of the queries in `qkv` over the cache, which already holds the rows' own keys and values.
@@ -43,30 +59,34 @@ pub fn paged_attention(
 ) {
     shape.check();
     let (d, stride, per_row) = (shape.head_dim, shape.stride(), shape.queries_per_key());
-    let pieces = cut(runs);
-    let items = join(&pieces, runs);
+    let (mut pieces, mut items) =
+        SCRATCH.with_borrow_mut(|s| (std::mem::take(&mut s.pieces), std::mem::take(&mut s.items)));
+    cut(runs, &mut pieces);
+    join(&pieces, runs, &mut items);
     let out = Shared::new(out);
+    let blocks_of = |piece: &Piece| {
+        let run = &runs[piece.run];
+        &run.table[..(run.first_pos + piece.from + piece.rows).div_ceil(BLOCK)]
+    };
     pool.run(items.len() * shape.kv_heads, |item| {
         let (kv_head, (first, last)) = (item / items.len(), items[item % items.len()]);
         let pieces = &pieces[first..last];
-        let tiles: Vec<Vec<KeyTile>> = pieces
-            .iter()
-            .map(|piece| {
-                let run = &runs[piece.run];
-                let end = run.first_pos + piece.from + piece.rows;
-                let blocks = run.table[..end.div_ceil(BLOCK)].iter().enumerate();
-                blocks
-                    .map(|(t, &block)| {
-                        let at = (block as usize * shape.kv_heads + kv_head) * BLOCK * d;
-                        let (k, v) = (&k_cache[at..][..BLOCK * d], &v_cache[at..][..BLOCK * d]);
-                        KeyTile { start: t * BLOCK, len: BLOCK, k, v, v_stride: d }
-                    })
-                    .collect()
-            })
-            .collect();
-        let mut queries = Vec::with_capacity(ROWS * per_row);
-        for (piece, tiles) in pieces.iter().zip(&tiles) {
+        let (mut scores, tiles, queries) = SCRATCH.with_borrow_mut(|s| {
+            (std::mem::take(&mut s.scores), std::mem::take(&mut s.tiles), std::mem::take(&mut s.queries))
+        });
+        let mut tiles: Vec<KeyTile> = recycle(tiles);
+        for piece in pieces {
+            tiles.extend(blocks_of(piece).iter().enumerate().map(|(t, &block)| {
+                let at = (block as usize * shape.kv_heads + kv_head) * BLOCK * d;
+                let (k, v) = (&k_cache[at..][..BLOCK * d], &v_cache[at..][..BLOCK * d]);
+                KeyTile { start: t * BLOCK, len: BLOCK, k, v, v_stride: d }
+            }));
+        }
+        let mut queries: Vec<Query> = recycle(queries);
+        let mut rest = &tiles[..];
+        for piece in pieces {
             let run = &runs[piece.run];
+            let tiles = rest.split_off(..blocks_of(piece).len()).expect("each piece has its tiles");
             for i in piece.from..piece.from + piece.rows {
                 let position = run.first_pos + i;
                 for head in kv_head * per_row..(kv_head + 1) * per_row {
@@ -77,8 +97,11 @@ pub fn paged_attention(
                 }
             }
         }
-        SCORES.with_borrow_mut(|scores| attend(shape, &mut queries, per_row, scores));
+        attend(shape, &mut queries, per_row, &mut scores);
+        let (queries, tiles) = (recycle(queries), recycle(tiles));
+        SCRATCH.with_borrow_mut(|s| (s.scores, s.tiles, s.queries) = (scores, tiles, queries));
     });
+    SCRATCH.with_borrow_mut(|s| (s.pieces, s.items) = (pieces, items));
 }
 
 /// Rows `from..from + rows` of a run.
@@ -89,19 +112,18 @@ struct Piece {
 }
 
 /// Cuts runs to pieces of at most [`ROWS`] rows.
-fn cut(runs: &[PagedRun]) -> Vec<Piece> {
-    let mut pieces = Vec::with_capacity(runs.len());
+fn cut(runs: &[PagedRun], pieces: &mut Vec<Piece>) {
+    pieces.clear();
     for (i, run) in runs.iter().enumerate() {
         for from in (0..run.rows).step_by(ROWS) {
             pieces.push(Piece { run: i, from, rows: ROWS.min(run.rows - from) });
         }
     }
-    pieces
 }
 
 /// Ranges of neighbouring pieces that share their first block and have at most [`ROWS`] rows in all.
-fn join(pieces: &[Piece], runs: &[PagedRun]) -> Vec<(usize, usize)> {
-    let mut items: Vec<(usize, usize)> = Vec::with_capacity(pieces.len());
+fn join(pieces: &[Piece], runs: &[PagedRun], items: &mut Vec<(usize, usize)>) {
+    items.clear();
     let mut rows = 0;
     for (i, piece) in pieces.iter().enumerate() {
         let follows = i > 0 && runs[pieces[i - 1].run].table.first() == runs[piece.run].table.first();
@@ -116,5 +138,4 @@ fn join(pieces: &[Piece], runs: &[PagedRun]) -> Vec<(usize, usize)> {
             }
         }
     }
-    items
 }
