@@ -129,11 +129,12 @@ proptest! {
                     }
                 }
                 (5, _) => {
-                    let found = pool.find_prefix(PolicyVersion(version), &tokens, 9);
-                    let expected: Vec<u32> =
-                        content.iter().filter(|(_, c)| **c == (version, tokens.clone())).map(|(id, _)| *id).collect();
-                    prop_assert_eq!(&found, &expected);
-                    for id in found {
+                    let found = pool.find(&PrefixHash::of_blocks(PolicyVersion(version), &tokens)[0]);
+                    let expected = content.iter().find(|(_, c)| **c == (version, tokens.clone())).map(|(id, _)| *id);
+                    prop_assert_eq!(found, expected);
+                    if let Some(id) = found {
+                        prop_assert_eq!(pool.is_held(id), held.contains_key(&id));
+                        pool.retain(id);
                         *held.entry(id).or_insert(0) += 1;
                     }
                 }
@@ -199,6 +200,51 @@ fn a_prompt_seen_before_is_found_under_the_same_weights_only() {
     let whole = rollout(32, 3, 1);
     assert_eq!((whole.cached_tokens, whole.prefill_tokens), (16, 16));
     assert_eq!(rollout(40, 4, 2).cached_tokens, 0);
+}
+
+/// A long shared start of 5 blocks, then 9 tokens of the prompt's own.
+fn behind_a_system_prompt(index: usize, samples: usize) -> Request {
+    let tokens = (0..5 * BLOCK as u32).map(|i| i * 5 % 28).chain((0..9).map(|i| (index as u32 + i) % 28));
+    request(index, tokens.collect(), samples)
+}
+
+#[test]
+fn prompts_behind_one_system_prompt_compute_it_once() {
+    let sampling = SamplingConfig { max_new_tokens: 20, ..SamplingConfig::default() };
+    for (capacity, prefill_rows, threads) in
+        [(400, 512, 1), (400, 30, 2), (400, 7, 1), (21, 512, 1), (14, 40, 1)]
+    {
+        let mut model = FakeModel::new(1);
+        let mut engine = RolloutEngine::new(&model, capacity).with_prefill_rows(prefill_rows);
+        let requests: Vec<Request> = (0..6).map(|i| behind_a_system_prompt(i, 2)).collect();
+        let (groups, stats) = generate(&mut engine, &mut model, threads, &requests, &sampling, key(1, 1));
+        for (request, group) in requests.iter().zip(&groups) {
+            for (s, completion) in group.completions.iter().enumerate() {
+                let stream = stream(&key(1, 1), request.prompt.index, s);
+                let (tokens, _) = model.naive_sample(&request.prompt.tokens, &stream, &sampling);
+                assert_eq!(completion.tokens, tokens, "{capacity} blocks, {prefill_rows} rows, {request:?}");
+            }
+        }
+        if capacity == 400 {
+            assert_eq!(
+                (stats.prefill_tokens, stats.cached_tokens),
+                (5 * BLOCK + 6 * 9, 5 * 5 * BLOCK),
+                "{stats:?}"
+            );
+            // and no pass waits for it: those behind read what the first one's rows store in the same pass
+            let passes = (5 * BLOCK + 6 * 9usize).div_ceil(prefill_rows) + 19;
+            assert!(stats.passes <= passes, "{stats:?}");
+        }
+        // an evaluation under the same weights finds it, under others not
+        let later: Vec<Request> = (10..14).map(|i| behind_a_system_prompt(i, 1)).collect();
+        let (_, again) = generate(&mut engine, &mut model, threads, &later, &sampling, key(2, 1));
+        if capacity == 400 {
+            assert_eq!((again.prefill_tokens, again.cached_tokens), (4 * 9, 4 * 5 * BLOCK));
+        }
+        let (_, other) = generate(&mut engine, &mut FakeModel::new(2), threads, &later, &sampling, key(3, 2));
+        assert!(other.prefill_tokens >= 5 * BLOCK + 4 * 9);
+        assert_eq!(engine.free_blocks(), capacity);
+    }
 }
 
 #[test]

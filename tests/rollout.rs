@@ -3,7 +3,10 @@
 
 mod common;
 
+use std::sync::Arc;
+
 use common::{POSITIONS, mixture, policy, prompts};
+
 use proptest::prelude::*;
 use rft_engine::EngineError;
 use rft_engine::config::Precision;
@@ -13,7 +16,7 @@ use rft_engine::model::backprop::Trainer;
 use rft_engine::model::decoder::PagedDecoder;
 use rft_engine::model::policy::Policy;
 use rft_engine::rollout::{Request, RolloutEngine, RolloutKey, RolloutStats, SamplingConfig};
-use rft_engine::types::{FinishReason, Group, PolicyVersion};
+use rft_engine::types::{FinishReason, Group, PolicyVersion, Prompt};
 use rft_kernels::Pool;
 
 fn sampling(temperature: f32, top_k: usize, top_p: f32, min_p: f32, stop_tokens: &[u32]) -> SamplingConfig {
@@ -151,6 +154,31 @@ fn a_tight_pool_preempts_and_a_prompt_is_prefilled_once_a_group() {
     let tight = Setup { threads: 1, blocks: 7, prefill_rows: 1000 };
     let (_, stats) = roll_out(&policy, &tokenizer, &requests, &sampling, &tight);
     assert!(stats.preemptions > 0 && stats.peak_blocks <= 7, "{stats:?}");
+}
+
+#[test]
+fn a_shared_start_is_computed_once_and_changes_no_bit() {
+    for precision in [Precision::F32, Precision::Bf16] {
+        let (policy, tokenizer) = policy(precision);
+        let start = prompts(&[37], tokenizer.vocab_size()).remove(0);
+        let behind = |index: usize| {
+            let own = (0..5 + index).map(|i| ((i * 3 + index) % tokenizer.vocab_size()) as u32);
+            let tokens = start.tokens.iter().copied().chain(own).collect();
+            Request { prompt: Arc::new(Prompt { index, tokens, ..Prompt::clone(&start) }), samples: 3 }
+        };
+        let requests: Vec<Request> = (0..4).map(behind).collect();
+        let sampling = sampling(1.0, 0, 1.0, 0.0, &[]);
+        for prefill_rows in [1000, 11] {
+            let setup = Setup { threads: 2, blocks: 100, prefill_rows };
+            let (together, stats) = roll_out(&policy, &tokenizer, &requests, &sampling, &setup);
+            assert_eq!((stats.cached_tokens, stats.prefill_tokens), (3 * 32, 42 + (11 + 12 + 13)));
+            for (request, group) in requests.iter().zip(&together) {
+                let (alone, _) =
+                    roll_out(&policy, &tokenizer, std::slice::from_ref(request), &sampling, &setup);
+                assert_eq!(bits(&alone), bits(std::slice::from_ref(group)));
+            }
+        }
+    }
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! A fixed pool of KV blocks: reference counts, an O(1) free list and a prefix index.
 //!
 //! A freed block keeps its content and stays findable by the hash of the tokens behind it until it is taken
-//! again, oldest first. Hashes are chained from a seed that holds the policy version, so a block that older
+//! again: blocks that nothing could find go first, then the longest freed. Hashes are chained from a seed that holds the policy version, so a block that older
 //! weights computed is never found. The pool knows ids and tokens, not the buffers.
 
 use std::collections::HashMap;
@@ -20,6 +20,16 @@ impl PrefixHash {
     /// The empty prefix under one policy version.
     pub fn root(version: PolicyVersion) -> Self {
         Self(*blake3::hash(&version.0.to_le_bytes()).as_bytes())
+    }
+
+    /// The prefix behind each full block of `tokens`.
+    pub fn of_blocks(version: PolicyVersion, tokens: &[TokenId]) -> Vec<Self> {
+        let blocks = tokens.chunks_exact(BLOCK);
+        let chained = blocks.scan(Self::root(version), |hash, block| {
+            *hash = hash.then(block);
+            Some(*hash)
+        });
+        chained.collect()
     }
 
     /// This prefix followed by a block of tokens.
@@ -87,7 +97,7 @@ impl BlockPool {
         self.peak = self.capacity() - self.free;
     }
 
-    /// Takes the block that was freed longest ago; its content is forgotten.
+    /// Takes the first block of the free list; its content is forgotten.
     pub fn take(&mut self) -> Option<u32> {
         let id = (self.head != NONE).then_some(self.head)?;
         self.unlink(id);
@@ -112,7 +122,10 @@ impl BlockPool {
         assert!(block.references > 0, "block {id} is released more often than it is held");
         block.references -= 1;
         if block.references == 0 {
-            self.push_free(id);
+            match self.blocks[id as usize].hash {
+                Some(_) => self.push_free(id),
+                None => self.push_free_first(id),
+            }
         }
     }
 
@@ -129,16 +142,14 @@ impl BlockPool {
         }
     }
 
-    /// The longest run of published blocks that holds the start of `tokens`, at most `limit` blocks; each is retained.
-    pub fn find_prefix(&mut self, version: PolicyVersion, tokens: &[TokenId], limit: usize) -> Vec<u32> {
-        let (mut hash, mut found) = (PrefixHash::root(version), Vec::new());
-        for block in tokens.chunks_exact(BLOCK).take(limit) {
-            hash = hash.then(block);
-            let Some(&id) = self.by_hash.get(&hash) else { break };
-            self.retain(id);
-            found.push(id);
-        }
-        found
+    /// The published block behind a prefix.
+    pub fn find(&self, prefix: &PrefixHash) -> Option<u32> {
+        self.by_hash.get(prefix).copied()
+    }
+
+    /// Whether somebody holds the block.
+    pub fn is_held(&self, id: u32) -> bool {
+        self.blocks[id as usize].references > 0
     }
 
     fn unlink(&mut self, id: u32) {
@@ -153,6 +164,18 @@ impl BlockPool {
         }
         self.free -= 1;
         self.peak = self.peak.max(self.capacity() - self.free);
+    }
+
+    fn push_free_first(&mut self, id: u32) {
+        let head = self.head;
+        let block = &mut self.blocks[id as usize];
+        (block.previous, block.next) = (NONE, head);
+        match head {
+            NONE => self.tail = id,
+            h => self.blocks[h as usize].previous = id,
+        }
+        self.head = id;
+        self.free += 1;
     }
 
     fn push_free(&mut self, id: u32) {
@@ -176,13 +199,15 @@ mod tests {
     fn a_freed_block_is_found_until_it_is_taken_again() {
         let (mut pool, v) = (BlockPool::new(2), PolicyVersion(3));
         let tokens: Vec<u32> = (0..BLOCK as u32).collect();
-        let id = pool.take().unwrap();
-        pool.publish(id, PrefixHash::root(v).then(&tokens));
+        let prefix = PrefixHash::of_blocks(v, &tokens)[0];
+        let (id, other) = (pool.take().unwrap(), pool.take().unwrap());
+        pool.publish(id, prefix);
         pool.release(id);
-        assert_eq!(pool.find_prefix(v, &tokens, 9), [id]);
-        pool.release(id);
-        assert_eq!((pool.take(), pool.take()), (Some(1), Some(0)));
-        assert!(pool.find_prefix(v, &tokens, 9).is_empty());
+        pool.release(other);
+        assert_eq!((pool.find(&prefix), pool.is_held(id)), (Some(id), false));
+        // the one that was freed last goes first: nothing can find it
+        assert_eq!((pool.take(), pool.find(&prefix)), (Some(other), Some(id)));
+        assert_eq!((pool.take(), pool.find(&prefix)), (Some(id), None));
         assert_eq!(pool.take(), None);
     }
 
@@ -192,8 +217,8 @@ mod tests {
         let tokens: Vec<u32> = (0..BLOCK as u32).collect();
         let id = pool.take().unwrap();
         pool.publish(id, PrefixHash::root(PolicyVersion(1)).then(&tokens));
-        assert!(pool.find_prefix(PolicyVersion(2), &tokens, 9).is_empty());
-        assert_eq!(pool.find_prefix(PolicyVersion(1), &tokens, 9), [id]);
+        let found = [2, 1].map(|v| pool.find(&PrefixHash::of_blocks(PolicyVersion(v), &tokens)[0]));
+        assert_eq!(found, [None, Some(id)]);
     }
 
     #[test]

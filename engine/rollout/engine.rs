@@ -33,7 +33,7 @@ pub struct Request {
 pub struct RolloutStats {
     /// Prompt rows computed.
     pub prefill_tokens: usize,
-    /// Prompt rows found in the cache.
+    /// Prompt rows found in the cache, or shared with an earlier prompt of the rollout.
     pub cached_tokens: usize,
     /// Tokens drawn.
     pub decoded_tokens: usize,
@@ -118,8 +118,7 @@ impl RolloutEngine {
         let mut stats = RolloutStats::default();
         let groups = group_states(requests, &key, tokenizer);
         let blocks = &mut self.blocks;
-        let mut scheduler =
-            Scheduler::new(blocks, key.version, groups, sampling.max_new_tokens, self.prefill_rows)?;
+        let mut scheduler = Scheduler::new(blocks, groups, sampling.max_new_tokens, self.prefill_rows)?;
         let chunk = logits_rows(model.vocab());
         while !scheduler.is_done() {
             scheduler.plan(&mut self.plan);

@@ -1,19 +1,21 @@
 //! Which tokens run in the next forward pass: admission by group, chunked prefill, preemption by recompute.
 //!
 //! A group's prompt is prefilled once; its samples then fork the prompt's block table, and a block that several
-//! hold is copied when one of them writes to it. When blocks run out, the newest sample gives its blocks back and
+//! hold is copied when one of them writes to it. Full blocks that a prompt shares with an earlier one are computed
+//! once too: the later one holds them as soon as the earlier has them in its table, and reads them in the pass that
+//! stores them at the earliest (a pass stores the keys of all its rows before any of them looks). When blocks run out, the newest sample gives its blocks back and
 //! is recomputed later; groups are served oldest first and nothing overtakes, so every group ends. Since a draw
 //! depends on (seed, step, prompt, sample, token) alone and a row's numbers on its own sequence alone, none of
 //! these decisions changes a result.
 
-use std::sync::Arc;
+use std::collections::HashMap;
 
 use rft_kernels::BLOCK;
 
 use crate::error::{EngineError, Result};
 use crate::rollout::block_pool::{BlockPool, PrefixHash};
 use crate::rollout::sequence::{GroupState, Phase};
-use crate::types::{PolicyVersion, TokenId};
+use crate::types::TokenId;
 
 /// Whose rows a run holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -73,7 +75,8 @@ pub struct Scheduler<'a> {
     blocks: &'a mut BlockPool,
     /// All groups of the rollout, in request order.
     pub groups: Vec<GroupState>,
-    version: PolicyVersion,
+    /// Full prompt blocks that are in a table and not yet in a pass: the block, and the group that will compute it.
+    pending: HashMap<PrefixHash, (u32, usize)>,
     max_new_tokens: usize,
     prefill_rows: usize,
     first_active: usize,
@@ -86,7 +89,7 @@ pub struct Scheduler<'a> {
 pub struct Counts {
     /// Prompt rows computed.
     pub prefill_tokens: usize,
-    /// Prompt rows that published blocks saved.
+    /// Prompt rows that shared blocks saved.
     pub cached_tokens: usize,
     /// Completion rows computed once more after a preemption.
     pub recomputed_tokens: usize,
@@ -101,7 +104,6 @@ impl<'a> Scheduler<'a> {
     /// A group that could not run alone in the whole pool.
     pub fn new(
         blocks: &'a mut BlockPool,
-        version: PolicyVersion,
         groups: Vec<GroupState>,
         max_new_tokens: usize,
         prefill_rows: usize,
@@ -120,7 +122,8 @@ impl<'a> Scheduler<'a> {
             }
         }
         let (first_active, counts) = (0, Counts::default());
-        Ok(Self { blocks, groups, version, max_new_tokens, prefill_rows, first_active, counts })
+        let pending = HashMap::new();
+        Ok(Self { blocks, groups, pending, max_new_tokens, prefill_rows, first_active, counts })
     }
 
     /// Whether every group is done.
@@ -160,23 +163,9 @@ impl<'a> Scheduler<'a> {
     fn admit(&mut self) {
         for g in self.first_active..self.groups.len() {
             if self.groups[g].phase == Phase::Waiting {
-                let prompt = Arc::clone(&self.groups[g].prompt);
-                let needed = prompt.tokens.len().div_ceil(BLOCK);
-                // room for the first block of each sample too, unless nothing else runs
-                let margin = if self.anything_held(g) { self.groups[g].samples.len() } else { 0 };
-                if self.blocks.free() < needed + margin {
+                if !self.start_prompt(g) {
                     return;
                 }
-                // the last token is computed again in any case: its logits are wanted
-                let limit = (prompt.tokens.len() - 1) / BLOCK;
-                let mut table = self.blocks.find_prefix(self.version, &prompt.tokens, limit);
-                self.groups[g].computed = table.len() * BLOCK;
-                self.counts.cached_tokens += table.len() * BLOCK;
-                while table.len() < needed {
-                    table.push(self.blocks.take().expect("counted above"));
-                }
-                self.groups[g].table = table;
-                self.groups[g].phase = Phase::Prefill;
             } else if self.groups[g].phase == Phase::Ready {
                 for s in 0..self.groups[g].samples.len() {
                     let (group, sample) = (&self.groups[g], &self.groups[g].samples[s]);
@@ -199,6 +188,47 @@ impl<'a> Scheduler<'a> {
         }
     }
 
+    /// Gives a waiting prompt its blocks, shared ones where there are; false when they do not fit.
+    fn start_prompt(&mut self, g: usize) -> bool {
+        let group = &self.groups[g];
+        let tokens = group.prompt.tokens.len();
+        // the last token is computed again in any case: its logits are wanted
+        let shareable = &group.prefixes[..(tokens - 1) / BLOCK];
+        let (mut shared, mut held) = (0, 0);
+        while let Some(id) = shareable.get(shared).and_then(|prefix| self.find(prefix)) {
+            shared += 1;
+            held += usize::from(self.blocks.is_held(id));
+        }
+        let needed = tokens.div_ceil(BLOCK);
+        // room for the first block of each sample too, unless nothing else runs
+        let margin = if self.anything_held(g) { group.samples.len() } else { 0 };
+        if self.blocks.free() < needed - held + margin {
+            return false;
+        }
+        let mut table = Vec::with_capacity(needed);
+        for prefix in &shareable[..shared] {
+            let id = self.find(prefix).expect("found above");
+            self.blocks.retain(id);
+            table.push(id);
+        }
+        for index in shared..needed {
+            let id = self.blocks.take().expect("counted above");
+            if let Some(prefix) = group.prefixes.get(index) {
+                self.pending.entry(*prefix).or_insert((id, g));
+            }
+            table.push(id);
+        }
+        self.counts.cached_tokens += shared * BLOCK;
+        let group = &mut self.groups[g];
+        (group.table, group.computed, group.phase) = (table, shared * BLOCK, Phase::Prefill);
+        true
+    }
+
+    /// The block of a prefix that is computed or about to be.
+    fn find(&self, prefix: &PrefixHash) -> Option<u32> {
+        self.blocks.find(prefix).or_else(|| self.pending.get(prefix).map(|(id, _)| *id))
+    }
+
     fn anything_held(&self, except: usize) -> bool {
         self.groups[self.first_active..]
             .iter()
@@ -218,9 +248,27 @@ impl<'a> Scheduler<'a> {
         let pending = known - computed;
         let decode = matches!(owner, Owner::Sample(..)) && pending == 1;
         let rows = if decode { 1 } else { pending.min(*prefill_room) };
-        for position in computed..computed + rows {
-            if !self.make_writable(owner, position / BLOCK, plan) {
-                return self.preempt(owner);
+        match owner {
+            Owner::Prompt(g) => {
+                let (before, after) = (computed / BLOCK, (computed + rows) / BLOCK);
+                let prefixes = &self.groups[g].prefixes;
+                if before > 0 && self.pending.contains_key(&prefixes[before - 1]) {
+                    // an earlier prompt has not come to the shared blocks yet
+                    return;
+                }
+                // its own blocks, even where later prompts hold them already
+                for prefix in &prefixes[before..after] {
+                    if self.pending.get(prefix).is_some_and(|(_, by)| *by == g) {
+                        self.pending.remove(prefix);
+                    }
+                }
+            }
+            Owner::Sample(..) => {
+                for position in computed..computed + rows {
+                    if !self.make_writable(owner, position / BLOCK, plan) {
+                        return self.preempt(owner);
+                    }
+                }
             }
         }
         if rows == 0 {
@@ -309,9 +357,9 @@ impl<'a> Scheduler<'a> {
         match owner {
             Owner::Prompt(g) => {
                 release_all(self.blocks, &mut self.groups[g].table);
+                self.pending.retain(|_, (_, by)| *by != g);
                 let group = &mut self.groups[g];
                 (group.phase, group.computed) = (Phase::Waiting, 0);
-                group.published = (PrefixHash::root(self.version), 0);
             }
             Owner::Sample(g, s) => {
                 let sample = &mut self.groups[g].samples[s];
@@ -336,11 +384,10 @@ impl<'a> Scheduler<'a> {
                 Owner::Prompt(g) => {
                     self.counts.prefill_tokens += run.rows;
                     let group = &mut self.groups[g];
+                    let before = group.computed / BLOCK;
                     group.computed += run.rows;
-                    for full in group.published.1..group.computed / BLOCK {
-                        let block = &group.prompt.tokens[full * BLOCK..(full + 1) * BLOCK];
-                        group.published = (group.published.0.then(block), full + 1);
-                        self.blocks.publish(group.table[full], group.published.0);
+                    for full in before..group.computed / BLOCK {
+                        self.blocks.publish(group.table[full], group.prefixes[full]);
                     }
                     if group.computed == group.prompt.tokens.len() {
                         group.phase = Phase::Ready;

@@ -69,8 +69,8 @@ pub struct GroupState {
     pub(super) table: Vec<u32>,
     /// Prompt positions in the cache.
     pub(super) computed: usize,
-    /// Hash of the full prompt blocks that are published, and their number.
-    pub(super) published: (PrefixHash, usize),
+    /// The prefix behind each full prompt block.
+    pub(super) prefixes: Vec<PrefixHash>,
     pub(super) phase: Phase,
 }
 
@@ -162,8 +162,8 @@ impl GroupState {
             Sequence::new(tokenizer, Stream::new(key.seed, Purpose::Sample, &words))
         };
         let samples = (first_sample..first_sample + samples).map(sample).collect();
-        let published = (PrefixHash::root(key.version), 0);
-        Self { prompt, samples, table: Vec::new(), computed: 0, published, phase: Phase::Waiting }
+        let prefixes = PrefixHash::of_blocks(key.version, &prompt.tokens);
+        Self { prompt, samples, table: Vec::new(), computed: 0, prefixes, phase: Phase::Waiting }
     }
 
     /// Refuses what the model's numbers make meaningless.
