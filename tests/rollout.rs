@@ -6,7 +6,6 @@ mod common;
 use std::sync::Arc;
 
 use common::{POSITIONS, mixture, policy, prompts};
-
 use proptest::prelude::*;
 use rft_engine::EngineError;
 use rft_engine::config::Precision;
