@@ -39,6 +39,20 @@ pub enum EngineError {
     /// Numbers that went wrong: NaN or infinity in a loss, gradient or logprob.
     #[error("numbers: {0}")]
     Numeric(String),
+    /// A number of one sample that went wrong, by its place in the batch; `train` says which sample that is.
+    #[error(
+        "numbers: the {what} of completion {completion} of group {group} is not finite; nothing was updated"
+    )]
+    NonFinite {
+        /// What is not finite.
+        what: &'static str,
+        /// Group of the batch, from 0.
+        group: usize,
+        /// Completion of the group, from 0.
+        completion: usize,
+        /// Token of the completion, from 0; `None` where only the completion is known.
+        token: Option<usize>,
+    },
     /// The request does not fit the memory or block budget.
     #[error("memory: {0}")]
     Memory(String),

@@ -28,7 +28,7 @@ pub struct MemoryPlan {
     pub gradients: usize,
     /// AdamW moments.
     pub moments: usize,
-    /// Frozen copy of the weights for the KL term.
+    /// Copy of the weights or the adapter that reference logprobs come from.
     pub reference: usize,
     /// KV block pool.
     pub kv: usize,
@@ -47,16 +47,12 @@ pub struct MemoryPlan {
 }
 
 impl MemoryPlan {
-    /// Plans a run of `recipe` over `policy`, whose longest prompt has `prompt_tokens` tokens.
+    /// Plans a run of `recipe` over `policy` that keeps `reference` bytes of a reference policy and whose longest prompt
+    /// has `prompt_tokens` tokens.
     ///
     /// # Errors
     /// A budget that cannot hold the run, with what to lower.
-    pub fn new(
-        recipe: &Recipe,
-        policy: &Policy,
-        needs_reference: bool,
-        prompt_tokens: usize,
-    ) -> Result<Self> {
+    pub fn new(recipe: &Recipe, policy: &Policy, reference: usize, prompt_tokens: usize) -> Result<Self> {
         let spec = &policy.spec;
         let rollout = &recipe.rollout;
         let base = policy.base.bytes();
@@ -73,7 +69,7 @@ impl MemoryPlan {
             weights: base + adapter,
             gradients: 4 * trainable,
             moments: 8 * trainable,
-            reference: if needs_reference { base } else { 0 },
+            reference,
             kv: 0,
             logits: samples.min(logits_rows(spec.vocab)) * spec.vocab * 4
                 + 2 * LOGITS_CHUNK_BYTES.min(512 * spec.vocab * 4),

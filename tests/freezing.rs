@@ -129,9 +129,9 @@ fn what_trains_moves_as_in_a_full_run_and_what_is_frozen_keeps_its_bits() {
 fn the_memory_plan_counts_what_trains() {
     let recipe = Recipe::load(None, &[]).unwrap();
     let mut policy = policy();
-    let whole = MemoryPlan::new(&recipe, &policy, false, 20).unwrap();
+    let whole = MemoryPlan::new(&recipe, &policy, 0, 20).unwrap();
     policy.choose_trained(&choice(&["model.layers.0.self_attn.q_proj.weight"], &[], false), 0, 0).unwrap();
-    let plan = MemoryPlan::new(&recipe, &policy, false, 20).unwrap();
+    let plan = MemoryPlan::new(&recipe, &policy, 0, 20).unwrap();
     assert_eq!(plan.gradients, 4 * 32 * 24, "32 rows of 24 numbers");
     assert_eq!(plan.moments, 2 * plan.gradients);
     assert_eq!(plan.weights, whole.weights);

@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::Path;
 
+use rft_engine::report::health::Health;
 use rft_engine::report::html;
 use rft_engine::report::metrics::{EvalResult, StepMetrics};
 use rft_engine::report::progress;
@@ -17,6 +18,10 @@ fn metrics(step: u64) -> StepMetrics {
         entropy: 0.5,
         grad_norm: 1.25,
         eval_reward: (step == 10).then_some(0.75),
+        health: match step {
+            4..=6 => (Health::ZeroVariance, Some("all <equal>".into())),
+            _ => Default::default(),
+        },
         ..StepMetrics::default()
     }
 }
@@ -69,6 +74,7 @@ fn a_step_has_every_promised_key_in_order() {
         "rss_peak_bytes",
     ];
     assert_eq!(keys[..promised.len()], promised);
+    assert_eq!((&line["health"], &line["health_reason"]), (&json!("learning"), &Value::Null));
     assert_eq!(line["eval_reward"], json!(0.75));
     assert!(!metrics(9).to_json().contains_key("eval_reward"));
 }
@@ -90,9 +96,11 @@ fn the_page_stands_alone_and_shows_every_curve() {
     for outside in ["http:", "https:", "src=", "href=", "@import", "url("] {
         assert!(!page.contains(outside), "the page reaches out: {outside}");
     }
-    for key in metrics(10).to_json().keys().filter(|k| *k != "step") {
+    for key in metrics(10).to_json().keys().filter(|k| *k != "step" && !k.starts_with("health")) {
         assert!(page.contains(&format!("data-name=\"{key}\"")), "no curve of {key}");
     }
+    assert!(page.contains("37 of 40 steps learned"));
+    assert!(page.contains("<td>4–6<td>zero_variance<td>all &lt;equal&gt;"));
     assert!(page.contains("from 0.250, +0.500"));
     assert!(
         page.contains("&lt;demo&gt;")

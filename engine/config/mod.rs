@@ -3,9 +3,11 @@
 //! This is the only module that reads TOML; the others receive the small typed structs below. Unknown keys
 //! are errors that name the file, the line and the nearest valid key. `--set a.b=value` changes one key.
 
+mod reference;
 mod sections;
 mod validate;
 
+pub use reference::ReferenceConfig;
 pub use sections::*;
 
 use std::fmt::Write as _;

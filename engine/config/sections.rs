@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use super::ReferenceConfig;
 use crate::advantage::AdvantageConfig;
 use crate::data::arithmetic::ArithmeticConfig;
 use crate::learner::optimizer::OptimizerKind;
@@ -277,6 +278,8 @@ pub struct AlgorithmConfig {
     pub advantage: AdvantageConfig,
     /// Logprobs and advantages to loss.
     pub objective: Objective,
+    /// What the KL term compares with.
+    pub reference: ReferenceConfig,
     /// Completions cut at `max_new_tokens` do not enter the loss.
     pub mask_truncated: bool,
 }

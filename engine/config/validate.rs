@@ -68,6 +68,8 @@ impl Recipe {
             return fail("reward: a grpo stage needs at least one [[reward]]".into());
         }
         self.validate_algorithm()?;
+        self.algorithm.reference.validate()?;
+        self.validate_kl()?;
         let r = &self.rollout;
         for (key, value) in [
             ("rollout.prompts_per_step", r.prompts_per_step),

@@ -78,8 +78,7 @@ impl Learner {
     /// Accumulates the gradient over all micro-batches and applies one update.
     ///
     /// # Errors
-    /// A logprob, loss gradient or gradient norm that is not finite: nothing is updated, the sample is named by
-    /// group and completion. Whatever the objective reports.
+    /// [`EngineError::NonFinite`] for a logprob, loss gradient or gradient that is not finite: nothing is updated. Whatever the objective reports.
     #[allow(clippy::too_many_arguments)]
     pub fn update(
         &mut self,
@@ -107,15 +106,51 @@ impl Learner {
         self.trainer.finish(pool, &weights, &mut self.grads);
         let grads = if policy.adapter.is_some() { &self.grads.adapter } else { &self.grads.base };
         if !rft_kernels::sum_of_squares(pool, grads).is_finite() {
-            return Err(EngineError::Numeric(
-                "the gradient is not finite though every loss term is; nothing was updated. \
-                 hint: lower optimizer.lr or resume from an earlier checkpoint"
-                    .into(),
-            ));
+            return Err(self.culprit(pool, &weights, groups, warp, objective)?);
         }
         stats.grad_norm = self.adam.step(pool, policy.trainable_mut(), grads, optimizer, lr);
         policy.version.0 += 1;
         Ok(stats)
+    }
+
+    /// The completion whose own gradient is not finite, found by computing them one by one.
+    fn culprit(
+        &mut self,
+        pool: &Pool,
+        weights: &Weights,
+        groups: &[GroupTokens],
+        warp: &Warp,
+        mut objective: impl FnMut(&[Piece], &Scores) -> Result<ScoreGrads>,
+    ) -> Result<EngineError> {
+        for (group, completions) in groups.iter().enumerate().map(|(g, group)| (g, group.completions.len())) {
+            for completion in 0..completions {
+                let pieces = [Piece { group, completions: completion..completion + 1 }];
+                let batch = PackedBatch { update: Some(self.adam.updates), ..pack(groups, &pieces) };
+                let scores = self.trainer.forward(pool, weights, &batch, warp);
+                let d = objective(&pieces, &scores)?;
+                self.grads.clear();
+                self.trainer.backward(
+                    pool,
+                    weights,
+                    &batch,
+                    warp,
+                    &d.logprobs,
+                    &d.entropies,
+                    &mut self.grads,
+                );
+                self.trainer.finish(pool, weights, &mut self.grads);
+                let sums =
+                    [&self.grads.base, &self.grads.adapter].map(|g| rft_kernels::sum_of_squares(pool, g));
+                if sums.iter().any(|sum| !sum.is_finite()) {
+                    return Ok(EngineError::NonFinite { what: "gradient", group, completion, token: None });
+                }
+            }
+        }
+        Ok(EngineError::Numeric(
+            "the gradient is not finite though that of every completion is: their sum is too large; nothing was updated. \
+             hint: lower optimizer.lr"
+                .into(),
+        ))
     }
 
     /// The gradient of the last update, laid out as the trainable arena's slots.
@@ -124,16 +159,14 @@ impl Learner {
     }
 }
 
-fn check_finite(what: &str, groups: &[GroupTokens], pieces: &[Piece], values: &[f32]) -> Result<()> {
+fn check_finite(what: &'static str, groups: &[GroupTokens], pieces: &[Piece], values: &[f32]) -> Result<()> {
     let Some(mut at) = values.iter().position(|v| !v.is_finite()) else { return Ok(()) };
     for piece in pieces {
         for c in piece.completions.clone() {
             let len = groups[piece.group].completions[c].len();
             if at < len {
-                return Err(EngineError::Numeric(format!(
-                    "{what} is not finite at token {at} of completion {c} of group {}; nothing was updated",
-                    piece.group
-                )));
+                let token = Some(at);
+                return Err(EngineError::NonFinite { what, group: piece.group, completion: c, token });
             }
             at -= len;
         }

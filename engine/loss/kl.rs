@@ -96,6 +96,9 @@ pub struct KlConfig {
     pub placement: Placement,
     /// Control of the coefficient.
     pub control: Control,
+    /// Keeps a reference policy and logs the KL to it even where the coefficient is 0.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub measure: bool,
 }
 
 impl Default for KlConfig {
@@ -106,6 +109,7 @@ impl Default for KlConfig {
             gradient: Gradient::Plain,
             placement: Placement::Loss,
             control: Control::Fixed,
+            measure: false,
         }
     }
 }
@@ -131,6 +135,14 @@ impl KlConfig {
             Gradient::Weighted => {
                 TokenKl { value: value * ratio, direct: slope * ratio, through: value * ratio }
             }
+        }
+    }
+
+    /// The KL that an adaptive coefficient holds, nats per token.
+    pub fn target(&self) -> Option<f64> {
+        match self.control {
+            Control::Adaptive { target, .. } => Some(target),
+            _ => None,
         }
     }
 

@@ -130,7 +130,8 @@ impl Default for Objective {
 impl Objective {
     /// Whether reference logprobs are needed.
     pub fn needs_reference(&self) -> bool {
-        self.kl.coefficient != 0.0 || matches!(self.kl.control, kl::Control::Scheduled { .. })
+        let kl = &self.kl;
+        kl.coefficient != 0.0 || kl.measure || matches!(kl.control, kl::Control::Scheduled { .. })
     }
 }
 

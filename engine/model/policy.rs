@@ -390,6 +390,11 @@ impl Policy {
         self.view(base, None)
     }
 
+    /// This decoder with another adapter over its base weights.
+    pub fn weights_with<'a>(&'a self, adapter: &'a Adapter) -> Weights<'a> {
+        self.view(&self.base, Some(adapter))
+    }
+
     fn view<'a>(&'a self, base: &'a Arena, adapter: Option<&'a Adapter>) -> Weights<'a> {
         Weights {
             spec: &self.spec,

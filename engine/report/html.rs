@@ -22,6 +22,8 @@ const SCRIPT: &str = include_str!("page.js");
 const SHOWN_STEPS: usize = 8;
 /// Samples shown of such a step.
 const SHOWN_SAMPLES: usize = 16;
+/// Stretches of steps without learning that are listed.
+const SHOWN_STRETCHES: usize = 30;
 /// Tokens of a completion that are shaded; the rest follows as plain text.
 const SHADED_TOKENS: usize = 600;
 
@@ -104,6 +106,7 @@ fn page(name: &str, metrics: &[Line], samples: &[Line], recipe: &str, summary: &
     );
     html += &overview(metrics, summary);
     html += &rewards(metrics);
+    html += &health(metrics);
     for (title, keys) in SECTIONS {
         html += &section(title, keys, metrics);
     }
@@ -210,6 +213,34 @@ fn rewards(metrics: &[Line]) -> String {
         "<h2>Reward</h2><figure class=\"wide\">{}<figcaption>{legend}<output></output></figcaption></figure>",
         chart("reward", &shown)
     )
+}
+
+/// Steps that did not learn, by stretches of one cause, each with the reason of its first step.
+fn health(metrics: &[Line]) -> String {
+    let of = |m: &Line| m.get("health").map(plain);
+    let judged: Vec<&Line> = metrics.iter().filter(|m| m.contains_key("health")).collect();
+    if judged.is_empty() {
+        return String::new();
+    }
+    let stretches: Vec<&[&Line]> = judged
+        .chunk_by(|a, b| of(a) == of(b))
+        .filter(|s| of(s[0]).is_some_and(|h| h != "learning"))
+        .collect();
+    let lost: usize = stretches.iter().map(|s| s.len()).sum();
+    let mut html = format!("<h2>Health</h2><p>{} of {} steps learned.", judged.len() - lost, judged.len());
+    if !stretches.is_empty() {
+        html += "<table><tr><th>steps<th>health<th>why";
+    }
+    for stretch in stretches.iter().take(SHOWN_STRETCHES) {
+        let (first, last) = (text(stretch[0], "step"), text(stretch[stretch.len() - 1], "step"));
+        let steps = if first == last { first } else { format!("{first}–{last}") };
+        let (word, why) = (text(stretch[0], "health"), text(stretch[0], "health_reason"));
+        let _ = write!(html, "<tr><td>{steps}<td>{}<td>{}", escape(&word), escape(&why));
+    }
+    if let Some(more) = stretches.len().checked_sub(SHOWN_STRETCHES).filter(|n| *n > 0) {
+        let _ = write!(html, "<tr><td>…<td><td>{more} further stretches in metrics.jsonl");
+    }
+    if stretches.is_empty() { html } else { html + "</table>" }
 }
 
 fn section(title: &str, keys: &[&str], metrics: &[Line]) -> String {

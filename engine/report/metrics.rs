@@ -3,6 +3,8 @@
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
+use crate::report::health::Verdict;
+
 /// Metrics of one GRPO step: one line of metrics.jsonl.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct StepMetrics {
@@ -54,6 +56,8 @@ pub struct StepMetrics {
     pub kl_coefficient: f64,
     /// Held-out mean reward, where the step was evaluated.
     pub eval_reward: Option<f64>,
+    /// What the step did for the policy, and why not more.
+    pub health: Verdict,
 }
 
 /// Keys whose values depend on the machine and the moment; equal runs differ in these alone.
@@ -95,6 +99,8 @@ impl StepMetrics {
         if let Some(reward) = self.eval_reward {
             put("eval_reward", json!(reward));
         }
+        put("health", json!(self.health.0));
+        put("health_reason", json!(self.health.1));
         map
     }
 }
@@ -133,6 +139,8 @@ pub struct Summary {
     pub learner_tokens_per_s: f64,
     /// Peak resident memory.
     pub rss_peak_bytes: u64,
+    /// Steps by health ([`crate::report::health::Health`]).
+    pub health: Map<String, Value>,
     /// Folder of the trained model, relative to the run folder.
     pub final_model: String,
     /// Version of this program.

@@ -174,11 +174,15 @@ impl GroupState {
         if drawn.logprob.is_finite() {
             return Ok(());
         }
+        let (sample, prompt) = (&self.samples[s], &self.prompt.text);
+        let tail = prompt.char_indices().rev().nth(79).map_or(0, |(at, _)| at);
         Err(EngineError::Numeric(format!(
-            "the model's logits are not finite at token {} of sample {s} of prompt {}. hint: look at the weights of the \
-             last update (grad_norm, optimizer.lr)",
-            self.samples[s].tokens.len(),
-            self.prompt.id
+            "the model's logits are not finite at token {} of completion {s} of row {}. hint: look at the weights of the \
+             last update (grad_norm, optimizer.lr)\n  prompt ends {:?}\n  completion so far {:?}",
+            sample.tokens.len(),
+            self.prompt.id,
+            &prompt[tail..],
+            sample.text.preview(),
         )))
     }
 

@@ -1,9 +1,7 @@
 //! A step of reinforcement: draw, score, compare, update, log.
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use rft_kernels::Warp;
 use serde_json::{Map, Value, json};
 
 use super::Run;
@@ -13,27 +11,25 @@ use crate::config::StageConfig;
 use crate::data::prompts::Order;
 use crate::error::Result;
 use crate::learner::batch::Piece;
-use crate::learner::checkpoint;
 use crate::learner::step::{Learner, ScoreGrads, UpdateStats};
 use crate::loss::LossSums;
 use crate::loss::kl::Placement;
 use crate::model::backprop::Scores;
 use crate::model::decoder::PagedDecoder;
-use crate::model::policy::Weights;
+use crate::report::health::Signs;
 use crate::report::metrics::{StepMetrics, rss_peak_bytes};
 use crate::report::progress::Progress;
 use crate::report::sinks::RunFolder;
-use crate::reward::{ScoredGroup, component_means, error_counts};
+use crate::reward::{ErrorCount, ScoredGroup, component_means, error_counts};
 use crate::rollout::{Request, RolloutEngine, RolloutKey, RolloutStats, SamplingConfig};
 use crate::types::FinishReason;
 
+/// Advantages below this are rounding.
+const NO_ADVANTAGE: f32 = 1e-6;
+
 impl Run {
-    /// Before the first step of a GRPO stage: fixes the reference policy and measures the held-out reward.
-    pub(super) fn begin_grpo(&mut self, checkpoints: &Path, engine: &mut RolloutEngine) -> Result<()> {
-        if self.recipe.algorithm.objective.needs_reference() && self.policy.adapter.is_none() {
-            self.reference = Some(self.policy.base.clone());
-            checkpoint::write(checkpoints, "reference", &(), &[("weights", &self.kept(&self.policy.base))])?;
-        }
+    /// Before the first step of a GRPO stage: measures the held-out reward.
+    pub(super) fn begin_grpo(&mut self, engine: &mut RolloutEngine) -> Result<()> {
         if self.state.eval_before.is_none() && !self.tasks.heldout.is_empty() {
             let (before, _) = self.evaluate(engine)?;
             eprintln!("held-out reward before reinforcement: {:.3}", before.reward);
@@ -63,7 +59,7 @@ impl Run {
                 learner.score(&self.pool, &self.policy.weights(), &batch.groups, &sampling.warp()).entropies;
             batch.keep_uncertain(&entropies, self.recipe.algorithm.objective.top_entropy);
         }
-        let reference = self.reference_logprobs(learner, &batch, &sampling.warp());
+        let reference = self.reference_logprobs(learner, &batch.groups, &sampling.warp());
         let advantages = self.advantages(&groups, &batch, reference.as_deref());
         let mut first = LossSums::default();
         let mut all = LossSums::default();
@@ -91,13 +87,16 @@ impl Run {
             };
             let (pool, warp) = (&self.pool, sampling.warp());
             let optimizer = &self.recipe.optimizer;
-            stats = learner.update(pool, &mut self.policy, &batch.groups, &warp, optimizer, lr, loss)?;
+            stats = learner
+                .update(pool, &mut self.policy, &batch.groups, &warp, optimizer, lr, loss)
+                .map_err(|e| self.name_sample(e, &batch.groups, &ids_of(&groups)))?;
             rows += stats.rows;
             all.add(&sums);
             if epoch == 0 {
                 first = sums;
             }
         }
+        self.advance_reference();
         let learner_s = start.elapsed().as_secs_f64();
 
         let tokens = first.tokens.max(1) as f64;
@@ -123,6 +122,9 @@ impl Run {
         };
         let completions = groups.iter().flat_map(|g| &g.group.completions);
         let count = completions.clone().count().max(1) as f64;
+        let signs = self.signs(&groups, &advantages, &first, &all, &stats);
+        let health = self.state.health.assess(&signs);
+        let change = self.state.health.remember(&signs, &health);
         let metrics = StepMetrics {
             step,
             reward_mean: advantages.reward_mean,
@@ -149,6 +151,7 @@ impl Run {
             rss_peak_bytes: rss_peak_bytes(),
             kl_coefficient,
             eval_reward,
+            health,
         };
         let logged = match self.recipe.train.log_groups {
             0 => groups.len(),
@@ -158,8 +161,53 @@ impl Run {
         folder.samples(&samples)?;
         folder.metrics(step, &metrics.to_json())?;
         progress.grpo_step(&metrics);
-        warn_about(&metrics, &groups, progress);
+        if let Some(line) = change {
+            progress.say(&format!("step {step}: {line}"));
+        }
+        let errors = error_counts(&groups);
+        let new = self.state.health.new_failures(errors.iter().map(failure_key));
+        for e in errors.iter().filter(|e| new.contains(&failure_key(e))) {
+            let what =
+                format!("{} calls of {} failed ({}), the first: {}", e.count, e.script, e.kind, e.first);
+            progress.say(&format!("warning: step {step}: {what}"));
+        }
         Ok(())
+    }
+
+    /// What a step showed of its health.
+    fn signs(
+        &self,
+        groups: &[ScoredGroup],
+        advantages: &Advantages,
+        first: &LossSums,
+        all: &LossSums,
+        stats: &UpdateStats,
+    ) -> Signs {
+        let kl = &self.recipe.algorithm.objective.kl;
+        let outcomes = || groups.iter().flat_map(|g| &g.outcomes);
+        let completions = || groups.iter().flat_map(|g| &g.group.completions);
+        let cut = completions().filter(|c| c.finish == FinishReason::Length).count();
+        // a KL penalty in the reward gives advantages that no verifier gave
+        let only_kl = kl.placement == Placement::Reward && advantages.zero_variance_groups == groups.len();
+        let taught = advantages.values.iter().filter(|a| !only_kl && a.abs() > NO_ADVANTAGE).count();
+        Signs {
+            groups: groups.len(),
+            zero_variance_groups: advantages.zero_variance_groups,
+            completions: completions().count(),
+            rewarded: outcomes().filter(|o| o.reward.is_some()).count(),
+            failed: outcomes().filter(|o| !o.errors.is_empty()).count(),
+            taught,
+            reward_mean: advantages.reward_mean,
+            full_reward: self.recipe.reward.iter().map(|r| r.weight).sum(),
+            truncated_fraction: cut as f64 / completions().count().max(1) as f64,
+            mask_truncated: self.recipe.algorithm.mask_truncated,
+            clip_fraction: all.clipped as f64 / all.tokens.max(1) as f64,
+            entropy: first.entropy / first.tokens.max(1) as f64,
+            kl: self.reference.is_some().then(|| first.kl / first.tokens.max(1) as f64),
+            kl_target: kl.target(),
+            grad_norm: stats.grad_norm,
+            max_grad_norm: self.recipe.optimizer.max_grad_norm,
+        }
     }
 
     /// Draws and scores the groups of a step; verifiers run while later groups still decode.
@@ -197,21 +245,6 @@ impl Run {
         let groups = scoring.finish()?;
         self.scorer.end_step(&groups, step, total, self.recipe.seed)?;
         Ok((groups, stats, waiting.elapsed().as_secs_f64()))
-    }
-
-    fn reference_weights(&self) -> Option<Weights<'_>> {
-        if !self.recipe.algorithm.objective.needs_reference() {
-            return None;
-        }
-        match &self.reference {
-            Some(base) => Some(self.policy.weights_over(base)),
-            None => Some(self.policy.base_weights()),
-        }
-    }
-
-    fn reference_logprobs(&self, learner: &mut Learner, batch: &StepBatch, warp: &Warp) -> Option<Vec<f32>> {
-        let weights = self.reference_weights()?;
-        Some(learner.score(&self.pool, &weights, &batch.groups, warp).logprobs)
     }
 
     /// Advantages of all completions in order; a KL penalty placed in the reward is taken off first.
@@ -286,17 +319,12 @@ fn sample_rows(step: u64, groups: &[ScoredGroup], advantages: &[f32]) -> Vec<Val
         .collect()
 }
 
-/// Says in words when a step cannot have taught anything, or when verifiers failed.
-fn warn_about(metrics: &StepMetrics, groups: &[ScoredGroup], progress: &mut Progress) {
-    let say = |line: String| progress.say(&format!("warning: step {}: {line}", metrics.step));
-    if metrics.zero_variance_groups == groups.len() {
-        say(format!(
-            "every group's rewards are equal (mean {:.3}): nothing was learned. hint: easier or harder prompts, a larger \
-             group, or a reward with more levels",
-            metrics.reward_mean
-        ));
-    }
-    for e in error_counts(groups) {
-        say(format!("{} calls of {} failed ({}), the first: {}", e.count, e.script, e.kind, e.first));
-    }
+/// Row id of every group.
+fn ids_of(groups: &[ScoredGroup]) -> Vec<&str> {
+    groups.iter().map(|g| g.group.prompt.id.as_str()).collect()
+}
+
+/// What makes two failures the same for who reads the log.
+fn failure_key(e: &ErrorCount) -> String {
+    format!("{}: {}", e.script, e.kind)
 }

@@ -5,6 +5,8 @@
 
 mod batch;
 mod grpo;
+mod nonfinite;
+mod reference;
 mod saved;
 mod sft;
 mod tasks;
@@ -29,15 +31,16 @@ use crate::memory::MemoryPlan;
 use crate::model::decoder::PagedDecoder;
 use crate::model::export::ModelFiles;
 use crate::model::lora::Adapter;
-use crate::model::params::Arena;
 use crate::model::peft::PeftAdapter;
 use crate::model::policy::{Policy, new_model_spec};
 use crate::model::source::ModelSource;
+use crate::report::health::History;
 use crate::report::metrics::{EvalResult, Summary, environment, rss_peak_bytes};
 use crate::report::progress::{self, Example, Progress};
 use crate::report::sinks::RunFolder;
 use crate::reward::{ScoredGroup, Scorer};
 use crate::rollout::{RolloutEngine, RolloutKey, SamplingConfig};
+use reference::{Reference, ReferenceState, reference_bytes};
 use tasks::{Tasks, load_tasks};
 
 /// `RolloutKey::step` of evaluations, apart from all training steps.
@@ -56,10 +59,13 @@ struct State {
     updates: u64,
     kl_coefficient: f64,
     entropy: EntropyState,
+    /// The reference policy, once it is taken.
+    reference: Option<ReferenceState>,
     /// `ctx.state` of each verifier, as JSON text.
     #[serde(default)]
     reward_states: Vec<String>,
     eval_before: Option<EvalResult>,
+    health: History,
     seconds: f64,
     rollout_tokens: u64,
     rollout_seconds: f64,
@@ -74,7 +80,7 @@ pub struct Run {
     tokenizer: Tokenizer,
     files: ModelFiles,
     policy: Policy,
-    reference: Option<Arena>,
+    reference: Option<Reference>,
     tasks: Tasks,
     scorer: Scorer,
     plan: MemoryPlan,
@@ -121,14 +127,13 @@ impl Run {
             (None, None) => unreachable!("a validated recipe has a model"),
         };
         policy.prepare(&pool, positions, recipe.model.precision);
-        let needs_copy = recipe.algorithm.objective.needs_reference() && policy.adapter.is_none();
         let mut largest = (0, 0);
         for stage in 0..recipe.stages().len() {
             policy.choose_trained(&recipe.model, recipe.seed, stage)?;
             largest = largest.max((policy.trainable().trainable_len(), stage));
         }
         policy.choose_trained(&recipe.model, recipe.seed, largest.1)?;
-        let plan = MemoryPlan::new(&recipe, &policy, needs_copy, prompt_tokens)?;
+        let plan = MemoryPlan::new(&recipe, &policy, reference_bytes(&recipe, &policy), prompt_tokens)?;
         policy.choose_trained(&recipe.model, recipe.seed, 0)?;
         let state = State {
             recipe: blake3::hash(recipe.to_toml().as_bytes()).to_hex().to_string(),
@@ -183,8 +188,9 @@ impl Run {
             if self.state.step_in_stage == 0 {
                 self.policy.choose_trained(&self.recipe.model, self.recipe.seed, self.state.stage)?;
                 learner.begin_stage(&self.policy);
+                self.begin_reference(&checkpoints)?;
                 if stage.kind == StageKind::Grpo {
-                    self.begin_grpo(&checkpoints, &mut engine)?;
+                    self.begin_grpo(&mut engine)?;
                 }
             }
             let total = stage.steps.unwrap_or(self.recipe.train.steps);
@@ -194,11 +200,15 @@ impl Run {
             };
             let mut progress = Progress::start(label, self.state.step_in_stage, total);
             while self.state.step_in_stage < total {
-                match stage.kind {
-                    StageKind::Sft => self.sft_step(stage, total, &mut learner, &mut progress)?,
+                let (before, version) = (self.state.clone(), self.policy.version);
+                let step = match stage.kind {
+                    StageKind::Sft => self.sft_step(stage, total, &mut learner, &mut progress),
                     StageKind::Grpo => {
-                        self.grpo_step(stage, total, &mut learner, &mut engine, &mut folder, &mut progress)?;
+                        self.grpo_step(stage, total, &mut learner, &mut engine, &mut folder, &mut progress)
                     }
+                };
+                if let Err(error) = step {
+                    return Err(self.keep_last_good(error, before, version, &checkpoints, &learner));
                 }
                 self.state.step_in_stage += 1;
                 let every = self.recipe.train.checkpoint_every;
@@ -276,6 +286,7 @@ impl Run {
             rollout_tokens_per_s: self.state.rollout_tokens as f64 / self.state.rollout_seconds.max(1e-9),
             learner_tokens_per_s: self.state.learner_rows as f64 / self.state.learner_seconds.max(1e-9),
             rss_peak_bytes: rss_peak_bytes(),
+            health: self.state.health.counts(),
             final_model: "final".into(),
             version: env!("CARGO_PKG_VERSION").into(),
             environment: environment(self.pool.threads(), rft_kernels::isa().name()),

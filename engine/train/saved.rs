@@ -1,9 +1,9 @@
 //! What a run leaves on disk and goes on from: checkpoints, the reference policy, exported models.
 use std::borrow::Cow;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::{Run, State};
-use crate::config::{Recipe, StageKind};
+use crate::config::Recipe;
 use crate::error::{EngineError, Result};
 use crate::learner::checkpoint::{self, Buffers};
 use crate::learner::step::Learner;
@@ -58,18 +58,24 @@ impl Run {
     }
 
     pub(super) fn save(&mut self, checkpoints: &Path, learner: &Learner) -> Result<()> {
+        self.save_keeping(checkpoints, learner, self.recipe.train.keep_checkpoints).map(|_| ())
+    }
+
+    /// Saves a checkpoint and deletes all but the newest `keep`.
+    pub(super) fn save_keeping(
+        &mut self,
+        checkpoints: &Path,
+        learner: &Learner,
+        keep: usize,
+    ) -> Result<PathBuf> {
         self.state.version = self.policy.version.0;
         self.state.updates = learner.adam.updates;
         let weights = self.kept(self.policy.trainable());
-        let buffers = [("weights", &weights[..]), ("adam_m", &learner.adam.m), ("adam_v", &learner.adam.v)];
-        checkpoint::save(
-            checkpoints,
-            self.position(),
-            &self.state,
-            &buffers,
-            self.recipe.train.keep_checkpoints,
-        )?;
-        Ok(())
+        let mut buffers =
+            vec![("weights", &weights[..]), ("adam_m", &learner.adam.m), ("adam_v", &learner.adam.v)];
+        let reference = self.reference_buffer();
+        buffers.extend(reference.iter().map(|(name, values)| (*name, &values[..])));
+        checkpoint::save(checkpoints, self.position(), &self.state, &buffers, keep)
     }
 
     /// What a checkpoint keeps of the weights: those that train, or all of them where stages train different ones.
@@ -107,15 +113,7 @@ impl Run {
         (learner.adam.m, learner.adam.v) = (take("adam_m", len)?, take("adam_v", len)?);
         learner.adam.updates = state.updates;
         self.policy.version.0 = state.version;
-        let in_grpo = self.recipe.stages().get(state.stage).is_some_and(|s| s.kind == StageKind::Grpo);
-        let needs_copy = self.recipe.algorithm.objective.needs_reference() && self.policy.adapter.is_none();
-        if in_grpo && state.step_in_stage > 0 && needs_copy {
-            let (_, mut buffers) = checkpoint::read::<()>(checkpoints, "reference")?;
-            let mut reference = self.policy.base.clone();
-            put_back(&self.recipe, &mut reference, &take_buffer(&mut buffers, checkpoints, "weights", kept)?);
-            reference.refresh(&self.pool);
-            self.reference = Some(reference);
-        }
+        self.restore_reference(checkpoints, &state, &mut buffers)?;
         if !state.reward_states.is_empty() {
             self.scorer.set_states(&state.reward_states);
         }
@@ -125,7 +123,7 @@ impl Run {
 }
 
 /// The inverse of `Run::kept`.
-fn put_back(recipe: &Recipe, arena: &mut Arena, weights: &[f32]) {
+pub(super) fn put_back(recipe: &Recipe, arena: &mut Arena, weights: &[f32]) {
     if recipe.model.half {
         arena.stored_values_mut().copy_from_slice(weights);
     } else {
@@ -133,7 +131,7 @@ fn put_back(recipe: &Recipe, arena: &mut Arena, weights: &[f32]) {
     }
 }
 
-fn take_buffer(buffers: &mut Buffers, root: &Path, name: &str, len: usize) -> Result<Vec<f32>> {
+pub(super) fn take_buffer(buffers: &mut Buffers, root: &Path, name: &str, len: usize) -> Result<Vec<f32>> {
     let found = buffers.remove(name).unwrap_or_default();
     match found.len() == len {
         true => Ok(found),

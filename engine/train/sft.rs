@@ -46,7 +46,12 @@ impl Run {
             Ok(ScoreGrads { logprobs: vec![-1.0 / tokens as f32; n], entropies: vec![0.0; n] })
         };
         let optimizer = &self.recipe.optimizer;
-        let stats = learner.update(&self.pool, &mut self.policy, &groups, &warp, optimizer, lr, nll)?;
+        let stats = learner
+            .update(&self.pool, &mut self.policy, &groups, &warp, optimizer, lr, nll)
+            .map_err(|e| {
+                let ids: Vec<&str> = rows.iter().map(|&r| self.tasks.train[r].id.as_str()).collect();
+                self.name_sample(e, &groups, &ids)
+            })?;
         progress.sft_step(
             self.state.step_in_stage + 1,
             loss,
