@@ -3,6 +3,10 @@
 use std::process::ExitCode;
 
 use rft_engine::EngineError;
+use rft_kernels::HugePages;
+
+#[global_allocator]
+static ALLOCATOR: HugePages = HugePages;
 
 fn main() -> ExitCode {
     match rft_engine::cli::run() {

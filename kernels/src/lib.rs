@@ -18,6 +18,7 @@ mod gemm;
 mod isa;
 mod math;
 mod norm;
+mod pages;
 mod panel;
 mod pool;
 mod quantized;
@@ -43,6 +44,7 @@ pub use gemm::{
 };
 pub use isa::{Isa, isa, select_isa};
 pub use norm::{add_rms_norm, rms_norm, rms_norm_backward};
+pub use pages::HugePages;
 pub use panel::{PANEL, gather_rows, pack_panels, panels_len, scatter_add_rows, unpack_panels};
 pub use pool::Pool;
 pub use quantized::{Code, NF4, QUANT_BLOCK, Quantized};

@@ -3,9 +3,9 @@
 //! `tdpbf16ps` adds the even and the odd products of 32 summands in two f32 chains that start at zero, adds the two, and adds
 //! that to the sum; denormals count as zero. A row's result does not depend on the other rows of a tile.
 
+#[cfg(target_arch = "x86_64")]
+use std::arch::asm;
 use std::sync::OnceLock;
-
-use super::Write;
 
 /// Whether the machine has AMX-BF16 and the system lets this process use it.
 pub fn amx_is_usable() -> bool {
@@ -15,7 +15,6 @@ pub fn amx_is_usable() -> bool {
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 fn request() -> bool {
-    use std::arch::asm;
     use std::arch::x86_64::{__cpuid, __cpuid_count};
 
     const ARCH_PRCTL: i64 = 158;
@@ -60,42 +59,111 @@ impl Tiles {
             config.0[48 + tile] = 16;
         }
         // SAFETY: the machine has AMX; the configuration is valid (palette 1, 16 rows of 64 bytes).
-        unsafe { std::arch::asm!("ldtilecfg [{}]", in(reg) &config, options(nostack, readonly)) };
+        unsafe { asm!("ldtilecfg [{}]", in(reg) &config, options(nostack, readonly)) };
         Tiles(())
     }
 
-    /// c[32, 32] (+)= the sum of `steps` products of left tiles and panel steps.
+    /// The sum of `steps` products of left tiles and panel steps, added to the sums at `from` (zero where there are none) and
+    /// stored at `to`: 32 rows, or with `half` 16, of 128 bytes each. While it runs, lines that the caller wants next are fetched.
     ///
     /// # Safety
-    /// `left` and `left + below` are readable for steps·1024 bytes, `panel` for steps·2048; 32 rows of 128 bytes, `stride` bytes
-    /// apart, are the caller's at `c`.
+    /// `left` and `left + below` (not with `half`) are readable for steps·1024 bytes, `panel` for steps·2048; the rows at `from`
+    /// and `to` are the caller's.
     pub(super) unsafe fn block(
         &self,
         left: *const u8,
         below: usize,
         panel: *const u8,
         steps: usize,
-        c: *mut u8,
-        stride: usize,
-        write: Write,
+        from: Option<Rows>,
+        to: Rows,
+        half: bool,
+        ahead: Ahead,
     ) {
-        use std::arch::asm;
         // SAFETY: promised by the caller. The compiler never keeps values in tiles, so they live from one statement to the next.
         unsafe {
-            let lower = c.add(16 * stride);
-            match write {
-                Write::Set => asm!("tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3"),
-                Write::Add => asm!(
-                    "tileloadd tmm0, [{c} + {s}]",
-                    "tileloadd tmm1, [{c} + {s} + 64]",
-                    "tileloadd tmm2, [{l} + {s}]",
-                    "tileloadd tmm3, [{l} + {s} + 64]",
-                    c = in(reg) c, l = in(reg) lower, s = in(reg) stride, options(nostack, readonly)
-                ),
+            match from {
+                None => asm!("tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3"),
+                Some(c) => {
+                    asm!("tileloadd tmm0, [{c} + {s}]", "tileloadd tmm1, [{c} + {s} + 64]",
+                        c = in(reg) c.start, s = in(reg) c.stride, options(nostack, readonly));
+                    if !half {
+                        asm!("tileloadd tmm2, [{c} + {s}]", "tileloadd tmm3, [{c} + {s} + 64]",
+                            c = in(reg) c.start.add(16 * c.stride), s = in(reg) c.stride, options(nostack, readonly));
+                    }
+                }
             }
-            if steps > 0 {
+            match (half, ahead.lines, ahead.sums.is_null()) {
+                (true, 0, _) => steps_of::<true, 0, false>(left, below, panel, steps, ahead),
+                (true, ..) => steps_of::<true, 32, false>(left, below, panel, steps, ahead),
+                (false, 0, true) => steps_of::<false, 0, false>(left, below, panel, steps, ahead),
+                (false, 0, false) => steps_of::<false, 0, true>(left, below, panel, steps, ahead),
+                (false, 1..=4, true) => steps_of::<false, 4, false>(left, below, panel, steps, ahead),
+                (false, _, false) => steps_of::<false, 4, true>(left, below, panel, steps, ahead),
+                (false, 5..=8, _) => steps_of::<false, 8, false>(left, below, panel, steps, ahead),
+                (false, 9..=16, _) => steps_of::<false, 16, false>(left, below, panel, steps, ahead),
+                (false, ..) => steps_of::<false, 32, false>(left, below, panel, steps, ahead),
+            }
+            asm!("tilestored [{c} + {s}], tmm0", "tilestored [{c} + {s} + 64], tmm1",
+                c = in(reg) to.start, s = in(reg) to.stride, options(nostack));
+            if !half {
+                asm!("tilestored [{c} + {s}], tmm2", "tilestored [{c} + {s} + 64], tmm3",
+                    c = in(reg) to.start.add(16 * to.stride), s = in(reg) to.stride, options(nostack));
+            }
+        }
+    }
+}
+
+/// Rows of 32 sums.
+#[derive(Clone, Copy)]
+pub(super) struct Rows {
+    pub start: *mut u8,
+    /// Bytes from one row to the next.
+    pub stride: usize,
+}
+
+/// What to fetch during a block; addresses may lie anywhere.
+#[derive(Clone, Copy)]
+pub(super) struct Ahead {
+    /// Lines that come next in some panel.
+    pub panel: *const u8,
+    /// How many of them at each step.
+    pub lines: usize,
+    /// Sums that are written next, two lines at each step; null for none.
+    pub sums: *const u8,
+}
+
+/// The steps of a block: tiles 0 to 3 += left · panel.
+///
+/// # Safety
+/// As for [`Tiles::block`].
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+unsafe fn steps_of<const HALF: bool, const LINES: usize, const SUMS: bool>(
+    left: *const u8,
+    below: usize,
+    panel: *const u8,
+    steps: usize,
+    ahead: Ahead,
+) {
+    use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+    // SAFETY: promised by the caller; a prefetch may name any address.
+    unsafe {
+        for step in 0..steps {
+            let left = left.add(step * TILE);
+            let panel = panel.add(step * 2 * TILE);
+            if HALF {
                 asm!(
-                    "2:",
+                    "tileloadd tmm4, [{a} + {s64}]",
+                    "tileloadd tmm6, [{b} + {s128}]",
+                    "tileloadd tmm7, [{b} + {s128} + 64]",
+                    "tdpbf16ps tmm0, tmm4, tmm6",
+                    "tdpbf16ps tmm1, tmm4, tmm7",
+                    a = in(reg) left, b = in(reg) panel, s64 = in(reg) 64usize, s128 = in(reg) 128usize,
+                    options(nostack, readonly, preserves_flags)
+                );
+            } else {
+                asm!(
                     "tileloadd tmm4, [{a} + {s64}]",
                     "tileloadd tmm6, [{b} + {s128}]",
                     "tileloadd tmm7, [{b} + {s128} + 64]",
@@ -104,78 +172,52 @@ impl Tiles {
                     "tdpbf16ps tmm1, tmm4, tmm7",
                     "tdpbf16ps tmm2, tmm5, tmm6",
                     "tdpbf16ps tmm3, tmm5, tmm7",
-                    "add {a}, 1024",
-                    "add {a2}, 1024",
-                    "add {b}, 2048",
-                    "dec {n}",
-                    "jnz 2b",
-                    a = inout(reg) left => _, a2 = inout(reg) left.add(below) => _, b = inout(reg) panel => _,
-                    n = inout(reg) steps => _, s64 = in(reg) 64usize, s128 = in(reg) 128usize, options(nostack, readonly)
+                    a = in(reg) left, a2 = in(reg) left.add(below), b = in(reg) panel, s64 = in(reg) 64usize,
+                    s128 = in(reg) 128usize, options(nostack, readonly, preserves_flags)
                 );
             }
-            asm!(
-                "tilestored [{c} + {s}], tmm0",
-                "tilestored [{c} + {s} + 64], tmm1",
-                "tilestored [{l} + {s}], tmm2",
-                "tilestored [{l} + {s} + 64], tmm3",
-                c = in(reg) c, l = in(reg) lower, s = in(reg) stride, options(nostack)
-            );
+            for line in 0..LINES {
+                _mm_prefetch::<_MM_HINT_T1>(ahead.panel.wrapping_add((step * LINES + line) * 64).cast());
+            }
+            if SUMS {
+                let sums = ahead.sums.wrapping_add(step * 128);
+                asm!("prefetchw [{c}]", "prefetchw [{c} + 64]", c = in(reg) sums,
+                    options(nostack, readonly, preserves_flags));
+            }
         }
     }
+}
 
-    /// Like [`Tiles::block`] for 16 rows.
-    ///
-    /// # Safety
-    /// As there, for one left tile and 16 rows.
-    pub(super) unsafe fn half_block(
-        &self,
-        left: *const u8,
-        panel: *const u8,
-        steps: usize,
-        c: *mut u8,
-        stride: usize,
-        write: Write,
-    ) {
-        use std::arch::asm;
-        // SAFETY: promised by the caller; see `block`.
+/// Copies rows of 128 bytes past the caches, as they are read much later; both sides start at cache lines.
+///
+/// # Safety
+/// `count` rows at `from` are readable, and those at `to` are the caller's to write; all are aligned to 64 bytes.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+pub(super) unsafe fn stream(from: *const u8, to: Rows, count: usize) {
+    use std::arch::x86_64::{_mm512_load_si512, _mm512_stream_si512};
+    for row in 0..count {
+        // SAFETY: promised by the caller.
         unsafe {
-            match write {
-                Write::Set => asm!("tilezero tmm0", "tilezero tmm1"),
-                Write::Add => asm!(
-                    "tileloadd tmm0, [{c} + {s}]",
-                    "tileloadd tmm1, [{c} + {s} + 64]",
-                    c = in(reg) c, s = in(reg) stride, options(nostack, readonly)
-                ),
-            }
-            if steps > 0 {
-                asm!(
-                    "2:",
-                    "tileloadd tmm4, [{a} + {s64}]",
-                    "tileloadd tmm6, [{b} + {s128}]",
-                    "tileloadd tmm7, [{b} + {s128} + 64]",
-                    "tdpbf16ps tmm0, tmm4, tmm6",
-                    "tdpbf16ps tmm1, tmm4, tmm7",
-                    "add {a}, 1024",
-                    "add {b}, 2048",
-                    "dec {n}",
-                    "jnz 2b",
-                    a = inout(reg) left => _, b = inout(reg) panel => _, n = inout(reg) steps => _,
-                    s64 = in(reg) 64usize, s128 = in(reg) 128usize, options(nostack, readonly)
-                );
-            }
-            asm!(
-                "tilestored [{c} + {s}], tmm0",
-                "tilestored [{c} + {s} + 64], tmm1",
-                c = in(reg) c, s = in(reg) stride, options(nostack)
-            );
+            let (from, to) = (from.add(row * 128), to.start.add(row * to.stride));
+            let (low, high) = (_mm512_load_si512(from.cast()), _mm512_load_si512(from.add(64).cast()));
+            _mm512_stream_si512(to.cast(), low);
+            _mm512_stream_si512(to.add(64).cast(), high);
         }
     }
+}
+
+/// Makes what this thread has streamed visible to the others before anything that it writes later.
+#[cfg(target_arch = "x86_64")]
+pub(super) fn end_stream() {
+    // SAFETY: every x86-64 processor has the instruction.
+    unsafe { std::arch::x86_64::_mm_sfence() };
 }
 
 #[cfg(target_arch = "x86_64")]
 impl Drop for Tiles {
     fn drop(&mut self) {
         // SAFETY: tiles exist only where the machine has AMX.
-        unsafe { std::arch::asm!("tilerelease", options(nostack, nomem)) };
+        unsafe { asm!("tilerelease", options(nostack, nomem)) };
     }
 }

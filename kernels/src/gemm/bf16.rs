@@ -8,37 +8,37 @@ use std::cell::RefCell;
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use super::Write;
-use super::amx::{self, amx_is_usable};
+#[cfg(target_arch = "x86_64")]
+use super::amx::amx_is_usable;
+use super::bf16_pack::{pack_tile, pair_strided_rows, row_part, transpose, transpose_rows};
+use super::bf16_product::{Right, multiply, multiply_into_panels};
 use crate::buffer::Buffer;
 use crate::isa::{Isa, isa};
 use crate::panel::{PANEL, panels_len};
 use crate::pool::Pool;
-use crate::shared::{Block, Shared};
-use crate::simd::{LANES, Simd, simd_fn};
+use crate::shared::Shared;
+use crate::simd::{LANES, simd_fn};
 
 /// Summands of one block of a bf16 sum.
 pub const STEP: usize = 32;
 
 /// Pairs of summands in a step.
-const PAIRS: usize = STEP / 2;
+pub(super) const PAIRS: usize = STEP / 2;
 
 /// Rows of a packed tile of left factors.
-const TILE_ROWS: usize = 16;
+pub(super) const TILE_ROWS: usize = 16;
 
 /// Elements of a packed tile.
-const TILE: usize = TILE_ROWS * STEP;
+pub(super) const TILE: usize = TILE_ROWS * STEP;
 
 /// Elements of a step of a panel.
-const PANEL_STEP: usize = PANEL * STEP;
-
-/// Rows that one work item multiplies with a panel.
-const ROW_BLOCK: usize = 256;
+pub(super) const PANEL_STEP: usize = PANEL * STEP;
 
 /// Elements of a transposed part of the weights: 2 MiB.
 const TRANSPOSED: usize = 1024 * 1024;
 
 /// Rows of a weight gradient that are packed at a time; a multiple of [`STEP`].
-const GRADIENT_ROWS: usize = 1024;
+const GRADIENT_ROWS: usize = 768;
 
 /// How the summands of a step are added to an f32 sum.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -164,16 +164,6 @@ simd_fn! {
     }
 }
 
-/// 16 elements of row r from column `at` on; zero beyond `rows` and `columns`.
-#[inline(always)]
-fn row_part<S: Simd>(x: &[f32], stride: usize, r: usize, rows: usize, at: usize, columns: usize) -> S::V {
-    if r < rows && at < columns {
-        S::load(&x[r * stride + at..r * stride + columns.min(at + LANES)])
-    } else {
-        S::splat(0.0)
-    }
-}
-
 thread_local! {
     /// Packed left and right factors of the product that this thread has started.
     static PACKED: RefCell<(Buffer<u16>, Buffer<u16>)> = RefCell::default();
@@ -209,7 +199,9 @@ pub(super) fn input_gradient(
     write: Write,
 ) {
     let panels = k.div_ceil(PANEL);
-    let part = (TRANSPOSED / (panels * PANEL).max(1)).next_multiple_of(STEP);
+    // Equal parts of whole steps.
+    let parts = (n * panels * PANEL).div_ceil(TRANSPOSED).max(1);
+    let part = n.div_ceil(parts).next_multiple_of(STEP).max(STEP);
     if write == Write::Set && n == 0 {
         dx.fill(0.0);
     }
@@ -268,19 +260,7 @@ pub(super) fn weight_gradient(
                 }
             });
             let right = Right { panels: right, pairs: steps * PAIRS };
-            let left = &left[..];
-            // Long panels are cut so that there is work for all threads.
-            let cut =
-                if panels < 4 * pool.threads() { (inputs / 4).max(1).next_multiple_of(2) } else { inputs };
-            let cuts = inputs.div_ceil(cut);
-            pool.run(panels * cuts, |item| {
-                let (p, first) = (item / cuts, item % cuts * cut);
-                let end = k.min((first + cut) * TILE_ROWS);
-                let rows = end - first * TILE_ROWS;
-                // SAFETY: these inputs of this panel belong to this item.
-                let to = unsafe { dw.block((p * k + first * TILE_ROWS) * PANEL, PANEL, rows, PANEL) };
-                multiply_panel(&left[first * steps * TILE..], steps, right, p, to, Write::Add);
-            });
+            multiply_into_panels(pool, left, k, right, n, dw);
         }
     });
 }
@@ -305,321 +285,3 @@ fn pack_left(pool: &Pool, x: &[f32], m: usize, k: usize, from: usize, len: usize
         pool.run(tiles, pack);
     }
 }
-
-simd_fn! {
-    /// to[step][row][32] = rows of `len` elements in bf16, zero beyond.
-    fn pack_tile<S>(x: &[f32], stride: usize, rows: usize, len: usize, to: &mut [u16]) {
-        for (step, to) in to.chunks_exact_mut(TILE).enumerate() {
-            for (r, to) in to.chunks_exact_mut(STEP).enumerate() {
-                for half in 0..2 {
-                    let at = step * STEP + half * LANES;
-                    let v = if r < rows && at < len {
-                        S::load(&x[r * stride + at..r * stride + len.min(at + LANES)])
-                    } else {
-                        S::splat(0.0)
-                    };
-                    // SAFETY: half of a row of 32.
-                    unsafe { S::write_bf16(v, to.as_mut_ptr().add(half * LANES)) };
-                }
-            }
-        }
-    }
-}
-
-simd_fn! {
-    /// to[column][row] = x[row][column] in bf16 for 16 columns and 32 rows, zero beyond `rows` and `columns`.
-    fn transpose_rows<S>(x: &[f32], stride: usize, rows: usize, columns: usize, to: &mut [u16]) {
-        let mut pairs = [S::splat(0.0); LANES];
-        for (i, pair) in pairs.iter_mut().enumerate() {
-            *pair = S::pair_bf16(
-                row_part::<S>(x, stride, 2 * i, rows, 0, columns),
-                row_part::<S>(x, stride, 2 * i + 1, rows, 0, columns),
-            );
-        }
-        S::transpose(&mut pairs);
-        for (pair, to) in pairs.into_iter().zip(to.chunks_exact_mut(STEP)) {
-            // SAFETY: 16 pairs of u16 are a row of the tile.
-            unsafe { S::write(pair, to.as_mut_ptr().cast()) };
-        }
-    }
-}
-
-simd_fn! {
-    /// to[row / 2][column][row % 2] = x[row][column] in bf16 for 32 rows and 32 columns, zero beyond `rows` and `columns`.
-    fn pair_strided_rows<S>(x: &[f32], stride: usize, rows: usize, columns: usize, to: &mut [u16]) {
-        for (pair, to) in to.chunks_exact_mut(2 * PANEL).enumerate() {
-            for (half, to) in to.chunks_exact_mut(2 * LANES).enumerate() {
-                let both = S::pair_bf16(
-                    row_part::<S>(x, stride, 2 * pair, rows, half * LANES, columns),
-                    row_part::<S>(x, stride, 2 * pair + 1, rows, half * LANES, columns),
-                );
-                // SAFETY: 16 pairs of u16, the chunk.
-                unsafe { S::write(both, to.as_mut_ptr().cast()) };
-            }
-        }
-    }
-}
-
-simd_fn! {
-    /// Panel q of the transpose of W[from.., ..]: to[step of 32 n][pair of n][32 k][2].
-    fn transpose<S>(w: &[u16], k: usize, from: usize, q: usize, to: &mut [u16]) {
-        let pairs = k.div_ceil(2);
-        let first = q * PAIRS;
-        let count = PAIRS.min(pairs - first);
-        for (step, to) in to.chunks_exact_mut(PANEL_STEP).enumerate() {
-            let panel = &w[((from / PANEL + step) * pairs + first) * 2 * PANEL..][..count * 2 * PANEL];
-            for half in 0..2 {
-                let mut rows = [S::splat(0.0); LANES];
-                for (row, panel) in rows.iter_mut().zip(panel.chunks_exact(2 * PANEL)) {
-                    // SAFETY: 16 pairs of u16, half of the chunk.
-                    *row = unsafe { S::read(panel[half * 2 * LANES..][..2 * LANES].as_ptr().cast()) };
-                }
-                // From [pair of k][n] to [n][pair of k]; two n are woven to pairs for the even and the odd k.
-                S::transpose(&mut rows);
-                for (i, n) in rows.chunks_exact(2).enumerate() {
-                    let (lower, upper) = S::weave_bf16(n[0], n[1]);
-                    let to = &mut to[(half * LANES / 2 + i) * 2 * PANEL..][..2 * PANEL];
-                    // SAFETY: the two halves of a row of 32 pairs.
-                    unsafe {
-                        S::write(lower, to.as_mut_ptr().cast());
-                        S::write(upper, to.as_mut_ptr().add(2 * LANES).cast());
-                    }
-                }
-            }
-        }
-    }
-}
-
-/// Panels of pairs: [panel][pairs][32][2].
-#[derive(Clone, Copy)]
-struct Right<'a> {
-    panels: &'a [u16],
-    pairs: usize,
-}
-
-fn multiply(pool: &Pool, left: &[u16], m: usize, right: Right, n: usize, y: Shared<f32>, write: Write) {
-    let panels = n.div_ceil(PANEL);
-    let steps = right.pairs.div_ceil(PAIRS);
-    // Equal row blocks of whole tile pairs.
-    let blocks = m.div_ceil(ROW_BLOCK);
-    let block = if blocks == 0 { 0 } else { m.div_ceil(blocks).next_multiple_of(2 * TILE_ROWS) };
-    let run = (panels * blocks / (pool.threads() * 8)).clamp(1, 8);
-    let runs = panels.div_ceil(run);
-    pool.run(blocks * runs, |item| {
-        let from = item / runs * block;
-        let rows = block.min(m.saturating_sub(from));
-        let left = &left[from.div_ceil(TILE_ROWS) * steps * TILE..];
-        for p in item % runs * run..(item % runs * run + run).min(panels) {
-            // SAFETY: these rows and columns belong to this item.
-            let y = unsafe { y.block(from * n + p * PANEL, n, rows, PANEL.min(n - p * PANEL)) };
-            multiply_panel(left, steps, right, p, y, write);
-        }
-    });
-}
-
-/// y (+)= left tiles · panel p, 32 rows at a time.
-fn multiply_panel(left: &[u16], steps: usize, right: Right, p: usize, y: Block<f32>, write: Write) {
-    let rule = bf16_rule();
-    let panel = &right.panels[p * right.pairs * 2 * PANEL..][..right.pairs * 2 * PANEL];
-    let whole = right.pairs / PAIRS;
-    // A short last step is padded here, so that no rule reads beyond a panel.
-    let mut tail = Aligned([0; PANEL_STEP]);
-    tail.0[..panel.len() - whole * PANEL_STEP].copy_from_slice(&panel[whole * PANEL_STEP..]);
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: the rule is in use only where the machine has it.
-    let tiles = (rule == Bf16Rule::Amx).then(|| unsafe { amx::Tiles::new() });
-    let mut part = Aligned([0.0f32; 2 * TILE_ROWS * PANEL]);
-    for r in (0..y.rows).step_by(2 * TILE_ROWS) {
-        let rows = (2 * TILE_ROWS).min(y.rows - r);
-        let count = rows.div_ceil(TILE_ROWS);
-        let left = &left[r / TILE_ROWS * steps * TILE..][..count * steps * TILE];
-        let in_place = y.columns == PANEL && rows == 2 * TILE_ROWS;
-        if !in_place && write == Write::Add {
-            y.read(r, rows, &mut part.0);
-        }
-        let (c, stride) = if in_place { (y.row_start(r), y.stride) } else { (part.0.as_mut_ptr(), PANEL) };
-        let mut write = write;
-        for (from, count, panel) in [(0, whole, panel), (whole, steps - whole, &tail.0)] {
-            if count == 0 && (from > 0 || steps > 0) {
-                continue;
-            }
-            let product = Product { left, steps, from, count, panel, c, stride, rows, write };
-            match rule {
-                #[cfg(target_arch = "x86_64")]
-                Bf16Rule::Amx => product.amx(tiles.as_ref().expect("made above for this rule")),
-                #[cfg(target_arch = "x86_64")]
-                // SAFETY: the rule is in use only where the machine has the instruction.
-                Bf16Rule::Dot => unsafe { dot(&product) },
-                _ => fused(&product),
-            }
-            write = Write::Add;
-        }
-        if !in_place {
-            y.write(r, rows, &part.0);
-        }
-    }
-}
-
-/// Steps `from..from + count` of up to 32 rows times 32 columns.
-struct Product<'a> {
-    /// One or two row tiles of `steps` steps.
-    left: &'a [u16],
-    steps: usize,
-    from: usize,
-    count: usize,
-    /// From step `from` on.
-    panel: &'a [u16],
-    /// Rows of 32 elements that belong to the product: `rows` of them, or 32 where stride is [`PANEL`].
-    c: *mut f32,
-    stride: usize,
-    rows: usize,
-    write: Write,
-}
-
-impl Product<'_> {
-    fn check(&self) {
-        assert!(self.rows.div_ceil(TILE_ROWS) * self.steps * TILE <= self.left.len());
-        assert!(self.from + self.count <= self.steps && self.count * PANEL_STEP <= self.panel.len());
-    }
-
-    #[cfg(target_arch = "x86_64")]
-    fn amx(&self, tiles: &amx::Tiles) {
-        self.check();
-        let left = self.left[self.from * TILE..].as_ptr().cast();
-        let (panel, c, stride) = (self.panel.as_ptr().cast(), self.c.cast(), self.stride * 4);
-        // SAFETY: the sizes are checked; c holds 32 rows where `rows` is less, as it is then the padded copy.
-        unsafe {
-            if self.rows > TILE_ROWS {
-                tiles.block(left, self.steps * amx::TILE, panel, self.count, c, stride, self.write);
-            } else {
-                tiles.half_block(left, panel, self.count, c, stride, self.write);
-            }
-        }
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bf16")]
-fn dot(product: &Product) {
-    use std::arch::x86_64::*;
-
-    /// R rows × 32 columns in registers.
-    ///
-    /// # Safety
-    /// As for [`Product`]; `left` is the first of R rows of a tile.
-    #[target_feature(enable = "avx512f,avx512bf16")]
-    unsafe fn rows<const R: usize>(product: &Product, left: *const u32, c: *mut f32) {
-        // SAFETY: promised by the caller.
-        unsafe {
-            let mut sums = [[_mm512_setzero_ps(); 2]; R];
-            if product.write == Write::Add {
-                for (i, sum) in sums.iter_mut().enumerate() {
-                    let c = c.add(i * product.stride);
-                    *sum = [_mm512_loadu_ps(c), _mm512_loadu_ps(c.add(LANES))];
-                }
-            }
-            let panel: *const i32 = product.panel.as_ptr().cast();
-            for step in 0..product.count {
-                let left = left.add((product.from + step) * TILE_ROWS * PAIRS);
-                for pair in 0..PAIRS {
-                    let w = panel.add((step * PAIRS + pair) * PANEL);
-                    let w0: __m512bh = std::mem::transmute(_mm512_loadu_si512(w.cast()));
-                    let w1: __m512bh = std::mem::transmute(_mm512_loadu_si512(w.add(LANES).cast()));
-                    for (i, sum) in sums.iter_mut().enumerate() {
-                        let x = _mm512_set1_epi32(*left.add(i * PAIRS + pair) as i32);
-                        let x: __m512bh = std::mem::transmute(x);
-                        *sum = [_mm512_dpbf16_ps(sum[0], x, w0), _mm512_dpbf16_ps(sum[1], x, w1)];
-                    }
-                }
-            }
-            for (i, sum) in sums.into_iter().enumerate() {
-                let c = c.add(i * product.stride);
-                _mm512_storeu_ps(c, sum[0]);
-                _mm512_storeu_ps(c.add(LANES), sum[1]);
-            }
-        }
-    }
-
-    product.check();
-    for r in (0..product.rows).step_by(8) {
-        let left: *const u32 = product.left[r / TILE_ROWS * product.steps * TILE..].as_ptr().cast();
-        // SAFETY: sizes are checked; rows r.. of c are the product's.
-        unsafe {
-            let left = left.add(r % TILE_ROWS * PAIRS);
-            let c = product.c.add(r * product.stride);
-            match (product.rows - r).min(8) {
-                1 => rows::<1>(product, left, c),
-                2 => rows::<2>(product, left, c),
-                3 => rows::<3>(product, left, c),
-                4 => rows::<4>(product, left, c),
-                5 => rows::<5>(product, left, c),
-                6 => rows::<6>(product, left, c),
-                7 => rows::<7>(product, left, c),
-                _ => rows::<8>(product, left, c),
-            }
-        }
-    }
-}
-
-simd_fn! {
-    fn fused<S>(product: &Product) {
-        product.check();
-        for r in (0..product.rows).step_by(2) {
-            let left = product.left[r / TILE_ROWS * product.steps * TILE..].as_ptr();
-            // SAFETY: sizes are checked; rows r.. of c are the product's.
-            unsafe {
-                let left: *const u32 = left.cast::<u32>().add(r % TILE_ROWS * PAIRS);
-                let c = product.c.add(r * product.stride);
-                if product.rows - r >= 2 {
-                    fused_rows::<S, 2>(product, left, c);
-                } else {
-                    fused_rows::<S, 1>(product, left, c);
-                }
-            }
-        }
-    }
-}
-
-/// R rows × 32 columns in registers.
-///
-/// # Safety
-/// As for [`Product`]; `left` is the first of R rows of a tile.
-#[inline(always)]
-unsafe fn fused_rows<S: Simd, const R: usize>(product: &Product, left: *const u32, c: *mut f32) {
-    // SAFETY: promised by the caller.
-    unsafe {
-        let mut sums = [[S::splat(0.0); 2]; R];
-        if product.write == Write::Add {
-            for (i, sum) in sums.iter_mut().enumerate() {
-                let c = c.add(i * product.stride);
-                *sum = [S::read(c), S::read(c.add(LANES))];
-            }
-        }
-        let panel: *const f32 = product.panel.as_ptr().cast();
-        for step in 0..product.count {
-            let left = left.add((product.from + step) * TILE_ROWS * PAIRS);
-            for pair in 0..PAIRS {
-                let w = panel.add((step * PAIRS + pair) * PANEL);
-                for half in 0..2 {
-                    let w = S::read(w.add(half * LANES));
-                    let (even, odd) = (S::bf16_low(w), S::bf16_high(w));
-                    for (i, sum) in sums.iter_mut().enumerate() {
-                        let x = *left.add(i * PAIRS + pair);
-                        let sum = &mut sum[half];
-                        *sum = S::fma(S::splat(f32::from_bits(x & 0xffff_0000)), odd, *sum);
-                        *sum = S::fma(S::splat(f32::from_bits(x << 16)), even, *sum);
-                    }
-                }
-            }
-        }
-        for (i, sum) in sums.into_iter().enumerate() {
-            let c = c.add(i * product.stride);
-            S::write(sum[0], c);
-            S::write(sum[1], c.add(LANES));
-        }
-    }
-}
-
-/// Starts at a cache line.
-#[repr(align(64))]
-struct Aligned<T>(T);

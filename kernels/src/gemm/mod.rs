@@ -10,6 +10,8 @@
 
 mod amx;
 mod bf16;
+mod bf16_pack;
+mod bf16_product;
 mod f32;
 
 #[cfg(target_arch = "x86_64")]
