@@ -65,6 +65,7 @@ pub struct Trainer {
     raw: Vec<f32>,
     chunk: Vec<f32>,
     d_chunk: Vec<f32>,
+    d_normed: Vec<f32>,
     embed_rows: Vec<f32>,
     embed_ids: Vec<u32>,
 }
@@ -223,7 +224,8 @@ impl Trainer {
     ) {
         let (hidden, vocab) = (w.spec.hidden, w.spec.vocab);
         let head = w.base.matrix(w.slots.head);
-        let mut d_normed = vec![0.0; self.h.len()];
+        self.d_normed.clear();
+        self.d_normed.resize(self.h.len(), 0.0);
         let step = chunk_targets(vocab);
         for (c, targets) in batch.targets.chunks(step).enumerate() {
             self.gather_chunk(targets, hidden);
@@ -266,13 +268,13 @@ impl Trainer {
                 );
             }
             for (target, d_row) in targets.iter().zip(self.d_chunk.chunks_exact(hidden)) {
-                let sum = &mut d_normed[target.row * hidden..(target.row + 1) * hidden];
+                let sum = &mut self.d_normed[target.row * hidden..(target.row + 1) * hidden];
                 sum.iter_mut().zip(d_row).for_each(|(a, b)| *a += b);
             }
         }
         self.back.dh.clear();
         self.back.dh.resize(self.h.len(), 0.0);
-        norm_backward(pool, w, w.slots.final_norm, &self.h, &d_normed, &mut self.back.dh, grads);
+        norm_backward(pool, w, w.slots.final_norm, &self.h, &self.d_normed, &mut self.back.dh, grads);
     }
 }
 

@@ -38,6 +38,8 @@ const ROWS: usize = 16;
 
 thread_local! {
     static SCORES: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+    /// Tiles of earlier batches, for their memory.
+    static SPARE: RefCell<Vec<Vec<f32>>> = const { RefCell::new(Vec::new()) };
 }
 
 /// out[rows, heads·d] = attention within the segments of fused rows `qkv`; the same bits as [`super::paged_attention`] gives for
@@ -111,7 +113,8 @@ impl Transposed {
             });
         }
         let size = shape.kv_heads * d * LANES;
-        let mut tiles = vec![0.0; sources.len() * size];
+        let mut tiles = SPARE.with_borrow_mut(Vec::pop).unwrap_or_default();
+        tiles.resize(sources.len() * size, 0.0);
         let shared = Shared::new(&mut tiles);
         pool.run(sources.len(), |t| {
             // SAFETY: each tile belongs to one item.
@@ -153,6 +156,14 @@ impl Transposed {
                 });
             }
         }
+    }
+}
+
+impl Drop for Transposed {
+    fn drop(&mut self) {
+        let tiles = std::mem::take(&mut self.tiles);
+        // The thread may be ending.
+        let _ = SPARE.try_with(|spare| spare.borrow_mut().push(tiles));
     }
 }
 
