@@ -72,7 +72,8 @@ impl MemoryPlan {
             reference,
             kv: 0,
             logits: samples.min(logits_rows(spec.vocab)) * spec.vocab * 4
-                + 2 * LOGITS_CHUNK_BYTES.min(512 * spec.vocab * 4),
+                + (1 + usize::from(spec.final_softcap.is_some()))
+                    * LOGITS_CHUNK_BYTES.min(512 * spec.vocab * 4),
             activations: 0,
             program: PROGRAM_BYTES,
             budget: recipe.devices.memory_mb << 20,

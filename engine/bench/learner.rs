@@ -6,7 +6,8 @@ use clap::Args;
 use serde_json::{Map, json};
 
 use super::{
-    CommonArgs, Machine, Measurement, Report, cpu_seconds, linear_parameters, random_tokens, round, spread, trained,
+    CommonArgs, Machine, Measurement, Report, cpu_seconds, linear_parameters, random_tokens, round, spread,
+    trained,
 };
 use crate::config::OptimizerConfig;
 use crate::error::Result;

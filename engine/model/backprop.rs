@@ -7,8 +7,9 @@
 //! Shapes: m rows, t targets, h hidden, v vocab.
 
 use rft_kernels::{
-    Pool, RowStats, Segment, Warp, Write, glu, glu_backward, linear_dw, linear_dx, qk_rope, qk_rope_backward,
-    rms_norm_backward, row_backward, scatter_add_rows, segment_attention_backward, warp_row,
+    Pool, RowStats, STEP, Segment, Warp, Write, glu, glu_backward, linear_dw, linear_dx, qk_rope,
+    qk_rope_backward, rms_norm_backward, row_backward, scatter_add_rows, segment_attention_backward,
+    warp_row,
 };
 
 use crate::model::decoder::{Attend, LayerActs, LayerScratch, layer_forward};
@@ -82,12 +83,13 @@ struct BackScratch {
     transpose: Vec<f32>,
 }
 
-/// Bytes that the chunk of logits may take; a chunk has at least 8 targets.
-pub const LOGITS_CHUNK_BYTES: usize = 16 << 20;
+/// Bytes that the chunk of logits may take; a chunk has at least 8 targets. Each chunk reads the head and its gradient once.
+pub const LOGITS_CHUNK_BYTES: usize = 64 << 20;
 
 /// Targets whose logits are alive at once.
 fn chunk_targets(vocab: usize) -> usize {
-    (LOGITS_CHUNK_BYTES / (4 * vocab)).clamp(8, 512)
+    let targets = (LOGITS_CHUNK_BYTES / (4 * vocab)).clamp(8, 512);
+    if targets > STEP { targets / STEP * STEP } else { targets }
 }
 
 /// Activation bytes that a training pass keeps for each row.
