@@ -89,6 +89,7 @@ fn decode(c: &mut Criterion) {
             .collect();
         let blocks = prompts * (prompt / BLOCK) + count * (own / BLOCK);
         let cache = numbers(blocks * SMOLLM2.kv_heads * BLOCK * SMOLLM2.head_dim);
+        let pages = KvPages::F32 { k: cache.clone(), v: cache };
         let qkv = numbers(count * SMOLLM2.stride());
         let mut out = numbers(count * SMOLLM2.heads * SMOLLM2.head_dim);
         let runs: Vec<PagedRun> = tables
@@ -98,7 +99,7 @@ fn decode(c: &mut Criterion) {
             .collect();
         group.throughput(Throughput::Elements(count as u64 * attention_operations(1, prompt + own - 1)));
         group.bench_function(format!("{prompts}x{samples}, {prompt}+{own}"), |b| {
-            b.iter(|| paged_attention(&pool, &SMOLLM2, black_box(&qkv), &runs, &cache, &cache, &mut out));
+            b.iter(|| paged_attention(&pool, &SMOLLM2, black_box(&qkv), &runs, &pages, &mut out));
         });
     }
 }

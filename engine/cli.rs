@@ -151,6 +151,9 @@ pub struct ModelArgs {
     /// Arithmetic of the linear layers: f32 or bf16.
     #[arg(long, default_value = "f32", value_parser = parse_precision)]
     pub precision: Precision,
+    /// How keys and values are kept (a run's `rollout.kv_precision`): f32 or bf16.
+    #[arg(long, default_value = "f32", value_parser = parse_precision)]
+    pub kv_precision: Precision,
     /// Compute threads; 0 takes every core.
     #[arg(long, default_value_t = 0)]
     pub threads: usize,
@@ -389,7 +392,8 @@ impl Loaded {
         let threads =
             crate::config::DevicesConfig { threads: args.threads, ..Default::default() }.thread_count();
         let pool = Pool::new(threads);
-        let policy = Policy::load_on(&pool, &source, None, 0)?;
+        let mut policy = Policy::load_on(&pool, &source, None, 0)?;
+        policy.kv_precision = args.kv_precision;
         Ok(Self { pool, policy, tokenizer: source.tokenizer()?, source })
     }
 

@@ -7,7 +7,7 @@ use std::fmt;
 
 use rft_kernels::BLOCK;
 
-use crate::config::Recipe;
+use crate::config::{Precision, Recipe};
 use crate::error::{EngineError, Result};
 use crate::model::backprop::{LOGITS_CHUNK_BYTES, activation_bytes_per_row};
 use crate::model::policy::Policy;
@@ -60,7 +60,8 @@ impl MemoryPlan {
         let trainable = policy.trainable().trainable_len();
         let samples = rollout.prompts_per_step * rollout.group_size;
 
-        let block_bytes = 2 * 4 * BLOCK * spec.kv_heads * spec.head_dim * spec.layers;
+        let element_bytes = if rollout.kv_precision == Precision::Bf16 { 2 } else { 4 };
+        let block_bytes = 2 * element_bytes * BLOCK * spec.kv_heads * spec.head_dim * spec.layers;
         let sample_blocks = rollout.max_new_tokens.div_ceil(BLOCK) + 1;
         let step_blocks = rollout.prompts_per_step * prompt_tokens.div_ceil(BLOCK) + samples * sample_blocks;
         let fewest_blocks = prompt_tokens.div_ceil(BLOCK) + sample_blocks;

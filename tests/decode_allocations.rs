@@ -80,9 +80,11 @@ fn a_longer_rollout_allocates_no_more((policy, tokenizer): (Policy, Tokenizer), 
 #[test]
 fn decoding_allocates_nothing() {
     for precision in [Precision::F32, Precision::Bf16] {
-        for threads in [1, 2] {
-            a_longer_rollout_allocates_no_more(policy(precision), threads);
-            a_longer_rollout_allocates_no_more(mixture(precision), threads);
+        for (threads, kv_precision) in [(1, Precision::F32), (2, Precision::F32), (2, Precision::Bf16)] {
+            for (mut policy, tokenizer) in [policy(precision), mixture(precision)] {
+                policy.kv_precision = kv_precision;
+                a_longer_rollout_allocates_no_more((policy, tokenizer), threads);
+            }
         }
     }
 }

@@ -139,6 +139,17 @@ fn the_memory_plan_counts_what_trains() {
 }
 
 #[test]
+fn a_bf16_cache_holds_twice_the_blocks() {
+    let plan = |more: &[&str]| {
+        let sets: Vec<String> = more.iter().map(|s| s.to_string()).collect();
+        let recipe = Recipe::load(None, &sets).unwrap();
+        MemoryPlan::new(&recipe, &policy(), false, 20).unwrap()
+    };
+    let (plain, half) = (plan(&[]), plan(&["rollout.kv_precision=\"bf16\""]));
+    assert_eq!((plain.kv_blocks, plain.kv), (half.kv_blocks, 2 * half.kv), "a step's blocks take half");
+}
+
+#[test]
 fn patterns_that_match_nothing_or_everything_are_refused() {
     for (train, freeze, says) in [
         (vec!["*.qq_proj.*"], vec![], "model.train: pattern `*.qq_proj.*` matches no tensor"),

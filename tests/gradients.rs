@@ -10,11 +10,15 @@ use rft_kernels::{Pool, Warp};
 const PLAIN: Warp = Warp { temperature: 0.8, top_k: 0, top_p: 1.0, min_p: 0.0 };
 
 fn policy() -> Policy {
+    // away from the symmetric start, so that no gradient is small by accident
+    scaled_policy(4.0)
+}
+
+fn scaled_policy(scale: f32) -> Policy {
     let shape = NewModelConfig { hidden: 24, layers: 2, heads: 4, kv_heads: 2, head_dim: 8, ffn: 40 };
     let mut policy = Policy::init(new_model_spec(&shape, 50, 1, 64).unwrap(), 3);
-    // away from the symmetric start, so that no gradient is small by accident
     for id in 0..policy.base.slots().len() {
-        policy.base.values_mut(id).iter_mut().for_each(|w| *w *= 4.0);
+        policy.base.values_mut(id).iter_mut().for_each(|w| *w *= scale);
     }
     policy.prepare(&Pool::new(1), 64, Precision::F32);
     policy
@@ -191,4 +195,26 @@ fn splitting_the_batch_leaves_the_gradient_bits_alone() {
         let bits = |g: &[f32]| g.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
         assert_eq!(bits(&whole.base), bits(&split.base));
     }
+}
+
+/// Rounding has no slope of its own; the gradient passes it by. So it is that of an f32 pass up to the rounding of keys and
+/// values, which is 2^-9 of each.
+#[test]
+fn a_bf16_cache_changes_the_gradient_by_its_rounding_only() {
+    let (pool, groups) = (Pool::new(1), groups());
+    let mut rounded = scaled_policy(1.0);
+    rounded.kv_precision = Precision::Bf16;
+    let [exact, rounded] = [scaled_policy(1.0), rounded].map(|policy| {
+        let (mut trainer, mut grads) = (Trainer::default(), policy.new_grads());
+        let batch = packed(&groups, &micro_batches(&groups, 100)[0]);
+        let n = trainer.forward(&pool, &policy.weights(), &batch, &PLAIN).logprobs.len();
+        let d: Vec<f32> = (0..n).map(|i| weight(i).0).collect();
+        trainer.backward(&pool, &policy.weights(), &batch, &PLAIN, &d, &vec![0.0; n], &mut grads);
+        trainer.finish(&pool, &policy.weights(), &mut grads);
+        grads.base
+    });
+    let norm = |x: &mut dyn Iterator<Item = f32>| x.map(|x| f64::from(x).powi(2)).sum::<f64>().sqrt();
+    let off = norm(&mut exact.iter().zip(&rounded).map(|(a, b)| a - b)) / norm(&mut exact.iter().copied());
+    println!("relative distance of the gradients: {off:.5}");
+    assert!(off > 1e-5 && off < 0.01, "{off}");
 }

@@ -64,8 +64,12 @@ fn requests(lengths: &[usize], samples: usize, vocab: usize) -> Vec<Request> {
 
 #[test]
 fn sampled_logprobs_are_the_learners_bit_for_bit() {
-    let models = [Precision::F32, Precision::Bf16].map(|p| [(p, policy(p)), (p, mixture(p))]);
-    for (precision, (policy, tokenizer)) in models.into_iter().flatten() {
+    let (f32, bf16) = (Precision::F32, Precision::Bf16);
+    for (precision, kv_precision, experts) in
+        [(f32, f32, false), (f32, bf16, false), (f32, bf16, true), (bf16, f32, true), (bf16, bf16, false)]
+    {
+        let (mut policy, tokenizer) = if experts { mixture(precision) } else { policy(precision) };
+        policy.kv_precision = kv_precision;
         let requests = requests(&[1, 15, 16, 17, 40], 4, tokenizer.vocab_size());
         let plain = sampling(1.0, 0, 1.0, 0.0, tokenizer.eos());
         for sampling in [
@@ -84,7 +88,11 @@ fn sampled_logprobs_are_the_learners_bit_for_bit() {
                     let scores = trainer.forward(&pool, &policy.weights(), &batch, &sampling.warp());
                     learned.extend(scores.logprobs.iter().map(|l| l.to_bits()));
                 }
-                assert_eq!(sampled, learned, "{} {precision:?} {sampling:?}", policy.spec.architecture);
+                assert_eq!(
+                    sampled, learned,
+                    "{} {precision:?} {kv_precision:?} {sampling:?}",
+                    policy.spec.architecture
+                );
             }
         }
     }
@@ -122,9 +130,11 @@ proptest! {
         extra_blocks in 0usize..12,
         prefill_rows in 1usize..40,
         experts in any::<bool>(),
+        kv_precision in prop::sample::select(vec![Precision::F32, Precision::Bf16]),
     ) {
         // company at an expert must not show either
-        let (policy, tokenizer) = if experts { mixture(Precision::F32) } else { policy(Precision::F32) };
+        let (mut policy, tokenizer) = if experts { mixture(Precision::F32) } else { policy(Precision::F32) };
+        policy.kv_precision = kv_precision;
         let requests = requests(&lengths, samples, tokenizer.vocab_size());
         let sampling = sampling(1.0, 0, 1.0, 0.0, tokenizer.eos());
         let roomy = Setup { threads: 1, blocks: 400, prefill_rows: 1000 };

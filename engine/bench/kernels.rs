@@ -7,8 +7,9 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use rft_kernels::{
-    BLOCK, Buffer, Matrix, PagedRun, Segment, Span, Write, bf16_panels_len, linear, linear_dw, linear_dx,
-    paged_attention, panels_len, rms_norm, segment_attention, segment_attention_backward, to_bf16_panels,
+    BLOCK, Buffer, KvPages, Matrix, PagedRun, Segment, Span, Write, bf16_panels_len, linear, linear_dw,
+    linear_dx, paged_attention, panels_len, rms_norm, segment_attention, segment_attention_backward,
+    store_kv, to_bf16_panels,
 };
 use serde_json::Map;
 
@@ -155,15 +156,18 @@ fn attention(args: &KernelArgs, machine: &Machine, policy: &Policy, report: Repo
     let bound = |operations: f64, bytes: f64| {
         (operations / (machine.roof.f32_gflops * 1e9)).max(bytes / (machine.roof.read_gb_per_s * 1e9))
     };
-    let block = shape.kv_heads * BLOCK * shape.head_dim;
-    for (prompts, samples, prompt, own) in [(1, 8, 64, 128), (8, 8, 64, 128), (64, 1, 64, 128)] {
+    let cases = [(1, 8, 64, 128), (8, 8, 64, 128), (64, 1, 64, 128), (32, 1, 64, 1984)];
+    for ((prompts, samples, prompt, own), bf16) in cases.into_iter().flat_map(|c| [(c, false), (c, true)]) {
         let (shared, rest, count) = (prompt / BLOCK, own / BLOCK, prompts * samples);
         let table = |s: usize| -> Vec<u32> {
             let first = (0..shared).map(|b| s / samples * shared + b);
             first.chain((0..rest).map(|b| prompts * shared + s * rest + b)).map(|b| b as u32).collect()
         };
         let tables: Vec<Vec<u32>> = (0..count).map(table).collect();
-        let cache = numbers((prompts * shared + count * rest) * block);
+        let blocks = prompts * shared + count * rest;
+        let mut pages = KvPages::new(blocks, shape.kv_heads, shape.head_dim, bf16);
+        let slots: Vec<u32> = (0..(blocks * BLOCK) as u32).collect();
+        store_kv(pool, &shape, &numbers(slots.len() * shape.stride()), &slots, &mut pages);
         let (qkv, mut out) = (numbers(count * shape.stride()), numbers(count * width));
         let run = |(row, table): (usize, &'_ Vec<u32>)| (row, table.clone());
         let owned: Vec<(usize, Vec<u32>)> = tables.iter().enumerate().map(run).collect();
@@ -172,9 +176,11 @@ fn attention(args: &KernelArgs, machine: &Machine, policy: &Policy, report: Repo
             .map(|(row, table)| PagedRun { row: *row, rows: 1, first_pos: prompt + own - 1, table })
             .collect();
         let operations = 4.0 * (count * (prompt + own) * width) as f64;
-        let bytes = 8.0 * cache.len() as f64;
-        let seconds = windows(args, |_| paged_attention(pool, &shape, &qkv, &runs, &cache, &cache, &mut out));
-        let work = format!("decode attention {prompts}x{samples}, {prompt}+{own}");
+        let elements = 2 * blocks * BLOCK * shape.kv_heads * shape.head_dim;
+        let bytes = if bf16 { 2.0 } else { 4.0 } * elements as f64;
+        let seconds = windows(args, |_| paged_attention(pool, &shape, &qkv, &runs, &pages, &mut out));
+        let kept = if bf16 { "bf16" } else { "f32" };
+        let work = format!("decode attention {prompts}x{samples}, {prompt}+{own}, {kept} cache");
         report(rate(work, seconds, operations, bytes, bound(operations, bytes)));
     }
     let (prompt, own, groups, samples) = (64, 128, 8, 1);

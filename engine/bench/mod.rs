@@ -52,6 +52,9 @@ pub struct CommonArgs {
     /// Arithmetic of the linear layers: f32 or bf16.
     #[arg(long, default_value = "bf16", value_parser = crate::config::parse_precision)]
     pub precision: Precision,
+    /// How keys and values are kept: f32 or bf16.
+    #[arg(long, default_value = "f32", value_parser = crate::config::parse_precision)]
+    pub kv_precision: Precision,
     /// Compute threads; 0 takes every core.
     #[arg(long, default_value_t = 0)]
     pub threads: usize,
@@ -138,6 +141,7 @@ struct Machine {
     pool: Pool,
     roof: Roofline,
     precision: Precision,
+    kv_precision: Precision,
     repeats: usize,
     source: Option<ModelSource>,
 }
@@ -161,7 +165,14 @@ fn machine(args: &CommonArgs, report: Report) -> Result<Machine> {
         more,
     });
     let source = args.model.as_ref().map(ModelSource::open).transpose()?;
-    Ok(Machine { pool, roof, precision: args.precision, repeats: args.repeats.max(1), source })
+    Ok(Machine {
+        pool,
+        roof,
+        precision: args.precision,
+        kv_precision: args.kv_precision,
+        repeats: args.repeats.max(1),
+        source,
+    })
 }
 
 impl Machine {
@@ -174,6 +185,7 @@ impl Machine {
             (None, Some(lora)) => Policy::init(smollm2()?, 0).with_adapter(lora, 0)?,
             (None, None) => Policy::init(smollm2()?, 0),
         };
+        policy.kv_precision = self.kv_precision;
         policy.prepare(&self.pool, positions, self.precision);
         Ok(policy)
     }

@@ -249,6 +249,8 @@ pub struct RolloutConfig {
     pub stop: Vec<String>,
     /// Memory of the KV block pool; 0 sizes it for one step's groups.
     pub kv_memory_mb: usize,
+    /// How keys and values are kept; bf16 halves their memory and rounds them in every pass, the learner's too.
+    pub kv_precision: Precision,
 }
 
 impl Default for RolloutConfig {
@@ -263,6 +265,7 @@ impl Default for RolloutConfig {
             min_p: 0.0,
             stop: Vec::new(),
             kv_memory_mb: 0,
+            kv_precision: Precision::F32,
         }
     }
 }

@@ -8,10 +8,11 @@
 
 use rft_kernels::{
     Pool, RowStats, STEP, Segment, Warp, Write, glu, glu_backward, linear_dw, linear_dx, qk_rope,
-    qk_rope_backward, rms_norm_backward, row_backward, scatter_add_rows, segment_attention_backward,
-    warp_row,
+    qk_rope_backward, rms_norm_backward, round_kv, row_backward, scatter_add_rows,
+    segment_attention_backward, warp_row,
 };
 
+use crate::config::Precision;
 use crate::model::decoder::{Attend, LayerActs, LayerScratch, layer_forward};
 use crate::model::experts::experts_backward;
 use crate::model::params::SlotId;
@@ -355,6 +356,10 @@ fn layer_backward(
     w.project_backward(pool, layer, Projection::O, &acts.attn, d_o, &mut b.d_attn, grads, &mut s.project);
     s.qkv.resize(acts.qkv.len(), 0.0);
     qk_rope(pool, &shape, &acts.qkv, w.qk_norm(layer), w.rope(layer), &batch.positions, &mut s.qkv);
+    if w.kv_precision == Precision::Bf16 {
+        // as the forward pass; the gradient goes through the rounding as if it were not there (straight through)
+        round_kv(pool, &shape, &mut s.qkv);
+    }
     b.d_qkv.resize(acts.qkv.len(), 0.0);
     segment_attention_backward(pool, &shape, &s.qkv, &batch.segments, &acts.attn, &b.d_attn, &mut b.d_qkv);
     // queries' norm stands before keys' in the arena

@@ -9,10 +9,11 @@
 use std::ops::Range;
 
 use rft_kernels::{
-    PagedRun, Pool, QkNorm, Segment, Write, add_columns, add_rms_norm, gather_rows, glu, linear,
-    paged_attention, qk_rope, rms_norm, segment_attention, store_kv,
+    KvPages, PagedRun, Pool, QkNorm, Segment, Write, add_columns, add_rms_norm, gather_rows, glu, linear,
+    paged_attention, qk_rope, rms_norm, round_kv, segment_attention, store_kv,
 };
 
+use crate::config::Precision;
 use crate::model::experts::{ExpertScratch, Routing, experts_forward};
 use crate::model::params::SlotId;
 use crate::model::policy::{ProjectScratch, Projection, Weights};
@@ -21,8 +22,8 @@ use crate::rollout::{KvCache, PagedBatch, PagedModel};
 /// Where a layer's queries find their keys and values.
 pub(super) enum Attend<'a> {
     /// In a KV cache, after this batch's own were stored at `slots`.
-    Paged { runs: &'a [PagedRun<'a>], slots: &'a [u32], k: &'a mut [f32], v: &'a mut [f32] },
-    /// In the batch itself: packed, prefix-shared sequences.
+    Paged { runs: &'a [PagedRun<'a>], slots: &'a [u32], pages: &'a mut KvPages },
+    /// In the batch itself: packed, prefix-shared sequences. Keys and values are rounded as a cache would round them.
     Segments(&'a [Segment]),
 }
 
@@ -124,11 +125,16 @@ pub(super) fn layer_forward(
     qk_rope(pool, &shape, &acts.qkv, w.qk_norm(layer), w.rope(layer), positions, &mut s.qkv);
     acts.attn.resize(m * shape.heads * shape.head_dim, 0.0);
     match attend {
-        Attend::Paged { runs, slots, k, v } => {
-            store_kv(pool, &shape, &s.qkv, slots, k, v);
-            paged_attention(pool, &shape, &s.qkv, runs, k, v, &mut acts.attn);
+        Attend::Paged { runs, slots, pages } => {
+            store_kv(pool, &shape, &s.qkv, slots, pages);
+            paged_attention(pool, &shape, &s.qkv, runs, pages, &mut acts.attn);
         }
-        Attend::Segments(segments) => segment_attention(pool, &shape, &s.qkv, segments, &mut acts.attn),
+        Attend::Segments(segments) => {
+            if w.kv_precision == Precision::Bf16 {
+                round_kv(pool, &shape, &mut s.qkv);
+            }
+            segment_attention(pool, &shape, &s.qkv, segments, &mut acts.attn);
+        }
     }
     w.project(pool, layer, Projection::O, &acts.attn, &mut s.delta, &mut s.project);
     if let Some(norm) = slots.post_attn_norm {
@@ -191,19 +197,16 @@ impl PagedModel for PagedDecoder<'_> {
 
     fn new_cache(&self, blocks: usize) -> KvCache {
         let shape = self.weights.attention(0);
-        KvCache::new(self.weights.spec.layers, blocks, shape.kv_heads, shape.head_dim)
+        let bf16 = self.weights.kv_precision == Precision::Bf16;
+        KvCache::new(self.weights.spec.layers, blocks, shape.kv_heads, shape.head_dim, bf16)
     }
 
     fn forward(&mut self, pool: &Pool, cache: &mut KvCache, batch: &PagedBatch) {
         let w = &self.weights;
         w.embed(pool, batch.tokens, &mut self.h);
         for layer in 0..w.spec.layers {
-            let attend = Attend::Paged {
-                runs: batch.runs,
-                slots: batch.slots,
-                k: &mut cache.k[layer],
-                v: &mut cache.v[layer],
-            };
+            let attend =
+                Attend::Paged { runs: batch.runs, slots: batch.slots, pages: &mut cache.layers[layer] };
             layer_forward(
                 pool,
                 w,

@@ -110,6 +110,8 @@ pub struct Policy {
     pub adapter: Option<Adapter>,
     /// Counts updates.
     pub version: PolicyVersion,
+    /// How keys and values are kept; in bf16 every pass rounds them before it attends to them.
+    pub kv_precision: Precision,
     slots: ModelSlots,
     ropes: Vec<RopeTable>,
     positions: usize,
@@ -126,6 +128,8 @@ pub struct Weights<'a> {
     pub base: &'a Arena,
     /// Adapters, unless off.
     pub adapter: Option<&'a Adapter>,
+    /// How keys and values are kept.
+    pub kv_precision: Precision,
     ropes: &'a [RopeTable],
     positions: usize,
 }
@@ -253,7 +257,8 @@ impl Policy {
                 Arena::with_quantized(layout, Some(code), linear)
             }
         };
-        Self { spec, base, adapter: None, version: PolicyVersion(0), slots, ropes: Vec::new(), positions: 0 }
+        let (version, kv_precision) = (PolicyVersion(0), Precision::F32);
+        Self { spec, base, adapter: None, version, kv_precision, slots, ropes: Vec::new(), positions: 0 }
     }
 
     /// Loads a model's weights; with `lora`, they are frozen and new adapters train.
@@ -401,6 +406,7 @@ impl Policy {
             slots: &self.slots,
             base,
             adapter,
+            kv_precision: self.kv_precision,
             ropes: &self.ropes,
             positions: self.positions,
         }

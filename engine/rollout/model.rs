@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use rft_kernels::{BLOCK, PagedRun, Pool};
+use rft_kernels::{BLOCK, KvPages, PagedRun, Pool};
 
 /// A decoder that reads and writes a paged KV cache.
 pub trait PagedModel {
@@ -23,30 +23,25 @@ pub trait PagedModel {
     fn logits(&mut self, pool: &Pool, rows: Range<usize>, logits: &mut Vec<f32>);
 }
 
-/// Keys and values of every layer, in blocks of [`BLOCK`] positions (layout: `rft_kernels::store_kv`).
+/// Keys and values of every layer, in blocks of [`BLOCK`] positions.
 #[derive(Debug)]
 pub struct KvCache {
-    /// Keys, one buffer a layer.
-    pub k: Vec<Vec<f32>>,
-    /// Values, one buffer a layer.
-    pub v: Vec<Vec<f32>>,
+    /// One for each layer.
+    pub layers: Vec<KvPages>,
     block_len: usize,
 }
 
 impl KvCache {
-    /// Zeroed blocks.
-    pub fn new(layers: usize, blocks: usize, kv_heads: usize, head_dim: usize) -> Self {
-        let block_len = kv_heads * head_dim * BLOCK;
-        let buffers = || (0..layers).map(|_| vec![0.0; blocks * block_len]).collect();
-        Self { k: buffers(), v: buffers(), block_len }
+    /// Zeroed blocks, in f32 or bf16.
+    pub fn new(layers: usize, blocks: usize, kv_heads: usize, head_dim: usize, bf16: bool) -> Self {
+        let pages = || KvPages::new(blocks, kv_heads, head_dim, bf16);
+        let layers = std::iter::repeat_with(pages).take(layers).collect();
+        Self { layers, block_len: kv_heads * head_dim * BLOCK }
     }
 
     /// Copies block `from` onto block `to` in every layer.
     pub fn copy_block(&mut self, from: u32, to: u32) {
-        let (from, to, len) = (from as usize * self.block_len, to as usize * self.block_len, self.block_len);
-        for buffer in self.k.iter_mut().chain(&mut self.v) {
-            buffer.copy_within(from..from + len, to);
-        }
+        self.layers.iter_mut().for_each(|pages| pages.copy_block(self.block_len, from, to));
     }
 }
 

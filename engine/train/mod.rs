@@ -126,6 +126,7 @@ impl Run {
             }
             (None, None) => unreachable!("a validated recipe has a model"),
         };
+        policy.kv_precision = recipe.rollout.kv_precision;
         policy.prepare(&pool, positions, recipe.model.precision);
         let mut largest = (0, 0);
         for stage in 0..recipe.stages().len() {

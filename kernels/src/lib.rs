@@ -34,7 +34,7 @@ pub use attention::{
     AttnShape, PagedRun, Segment, Span, paged_attention, segment_attention, segment_attention_backward,
 };
 pub use buffer::Buffer;
-pub use cache::{BLOCK, copy_block, store_kv};
+pub use cache::{BLOCK, KvPages, round_kv, store_kv};
 pub use columns::{add_bias, add_columns, bias_backward, take_columns};
 pub use distribution::{RowStats, Warp, argmax, draw, row_backward, warp_row};
 pub use dropout::dropout;

@@ -52,6 +52,10 @@ pub(crate) trait Simd: Copy {
     /// The high 16 bits of each lane as a bf16 number.
     fn bf16_high(v: Self::V) -> Self::V;
 
+    /// # Safety
+    /// 16 bf16 numbers are readable at `p`.
+    unsafe fn read_bf16(p: *const u16) -> Self::V;
+
     /// Writes the lanes rounded to bf16, to nearest even; NaN stays NaN.
     ///
     /// # Safety
@@ -263,6 +267,16 @@ impl Simd for Portable {
         lanewise!(|v| f32::from_bits(v.to_bits() & 0xffff_0000))
     }
     #[inline(always)]
+    unsafe fn read_bf16(p: *const u16) -> Self::V {
+        // SAFETY: promised by the caller.
+        let bits = unsafe { p.cast::<[u16; LANES]>().read_unaligned() };
+        let mut wide = [0.0; LANES];
+        for i in 0..LANES {
+            wide[i] = f32::from_bits(u32::from(bits[i]) << 16);
+        }
+        wide
+    }
+    #[inline(always)]
     unsafe fn write_bf16(v: Self::V, p: *mut u16) {
         for (i, x) in v.into_iter().enumerate() {
             // SAFETY: promised by the caller.
@@ -376,6 +390,12 @@ mod x86 {
         #[inline(always)]
         fn bf16_high(v: __m512) -> __m512 {
             hw!(_mm512_and_ps(v, _mm512_castsi512_ps(_mm512_set1_epi32(0xffff_0000u32 as i32))))
+        }
+        #[inline(always)]
+        unsafe fn read_bf16(p: *const u16) -> __m512 {
+            hw!(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(
+                p.cast()
+            )))))
         }
         #[inline(always)]
         unsafe fn write_bf16(v: __m512, p: *mut u16) {
@@ -551,6 +571,15 @@ mod x86 {
         #[inline(always)]
         fn bf16_high(v: Pair) -> Pair {
             both!(|v| _mm256_and_ps(v, _mm256_castsi256_ps(_mm256_set1_epi32(0xffff_0000u32 as i32))))
+        }
+        #[inline(always)]
+        unsafe fn read_bf16(p: *const u16) -> Pair {
+            let wide = |p: *const u16| {
+                hw!(_mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(
+                    p.cast()
+                )))))
+            };
+            Pair(wide(p), wide(p.wrapping_add(8)))
         }
         #[inline(always)]
         unsafe fn write_bf16(v: Pair, p: *mut u16) {

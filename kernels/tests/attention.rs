@@ -44,6 +44,7 @@ fn paged(
     threads: usize,
     chunk: usize,
     seed: u64,
+    bf16: bool,
 ) -> Vec<f32> {
     let pool = Pool::new(threads);
     let (stride, width) = (shape.stride(), shape.heads * shape.head_dim);
@@ -52,9 +53,12 @@ fn paged(
     let blocks: usize =
         segs.iter().map(|s| (s.prefix.map_or(0, |p| p.len) + s.rows.len).div_ceil(BLOCK)).sum();
     let step = [1, 3, 5, 7].into_iter().find(|s| !(blocks + 1).is_multiple_of(*s) || *s == 1).unwrap_or(1);
-    let mut pages = (0..blocks).map(|b| ((b * step + seed as usize) % (blocks + 1)) as u32);
-    let size = (blocks + 1) * shape.kv_heads * BLOCK * shape.head_dim;
-    let (mut k, mut v) = (vec![f32::NAN; size], vec![f32::NAN; size]);
+    let mut ids = (0..blocks).map(|b| ((b * step + seed as usize) % (blocks + 1)) as u32);
+    let mut pages = KvPages::new(blocks + 1, shape.kv_heads, shape.head_dim, bf16);
+    match &mut pages {
+        KvPages::F32 { k, v } => [k, v].map(|x| x.fill(f32::NAN)),
+        KvPages::Bf16 { k, v } => [k, v].map(|x| x.fill(0x7fc0)),
+    };
     let mut tables: Vec<Vec<u32>> = Vec::new();
     for seg in segs {
         let prefix = seg.prefix.map_or(0..0, |p| p.row..p.row + p.len);
@@ -63,10 +67,10 @@ fn paged(
         let sibling = segs[..tables.len()].iter().rposition(|s| s.prefix.is_some() && s.prefix == seg.prefix);
         let shared = sibling.map_or(0, |_| prefix.len() / BLOCK);
         let mut table: Vec<u32> = sibling.map_or(Vec::new(), |s| tables[s][..shared].to_vec());
-        table.extend(pages.by_ref().take(len.div_ceil(BLOCK) - shared));
+        table.extend(ids.by_ref().take(len.div_ceil(BLOCK) - shared));
         let fused: Vec<f32> = prefix.clone().flat_map(|row| qkv[row * stride..][..stride].to_vec()).collect();
         let slots: Vec<u32> = (0..prefix.len()).map(|p| table[p / BLOCK] * 16 + (p % BLOCK) as u32).collect();
-        store_kv(&pool, shape, &fused, &slots, &mut k, &mut v);
+        store_kv(&pool, shape, &fused, &slots, &mut pages);
         tables.push(table);
     }
     let mut out = vec![f32::NAN; total * width];
@@ -84,9 +88,9 @@ fn paged(
                 places.push(row);
             }
         }
-        store_kv(&pool, shape, &fused, &slots, &mut k, &mut v);
+        store_kv(&pool, shape, &fused, &slots, &mut pages);
         let mut part = vec![f32::NAN; places.len() * width];
-        paged_attention(&pool, shape, &fused, &runs, &k, &v, &mut part);
+        paged_attention(&pool, shape, &fused, &runs, &pages, &mut part);
         for (row, part) in places.iter().zip(part.chunks(width)) {
             out[row * width..][..width].copy_from_slice(part);
         }
@@ -118,8 +122,14 @@ proptest! {
         let trained = packed(&shape, &qkv, &segs, 1);
         assert_close("out", &trained, &reference::attention(&shape, &reference::wide(&qkv), &segs), TOLERANCE);
         prop_assert_eq!(bits(&trained), bits(&packed(&shape, &qkv, &segs, threads)));
-        prop_assert_eq!(bits(&trained), bits(&paged(&shape, &qkv, &segs, threads, chunk, seed)));
-        prop_assert_eq!(bits(&trained), bits(&paged(&shape, &qkv, &segs, threads, 1, seed + 1)));
+        prop_assert_eq!(bits(&trained), bits(&paged(&shape, &qkv, &segs, threads, chunk, seed, false)));
+        prop_assert_eq!(bits(&trained), bits(&paged(&shape, &qkv, &segs, threads, 1, seed + 1, false)));
+        // a bf16 cache gives what rounded keys and values give in place
+        let mut rounded = qkv.clone();
+        round_kv(&Pool::new(threads), &shape, &mut rounded);
+        let trained = packed(&shape, &rounded, &segs, threads);
+        prop_assert!(rounded != qkv);
+        prop_assert_eq!(bits(&trained), bits(&paged(&shape, &qkv, &segs, threads, chunk, seed, true)));
     }
 
     #[test]
@@ -183,7 +193,8 @@ fn bits_are_the_same_on_every_instruction_set() {
     let qkv = numbers(rows(&segs) * shape.stride(), 8);
     let dout = numbers(rows(&segs) * 9 * 64, 9);
     let results = on_every_isa(|_| {
-        (bits(&packed(&shape, &qkv, &segs, 2)), bits(&gradient(&shape, &qkv, &segs, &dout, 2)))
+        let paged = [false, true].map(|bf16| bits(&paged(&shape, &qkv, &segs, 2, 3, 1, bf16)));
+        (bits(&packed(&shape, &qkv, &segs, 2)), paged, bits(&gradient(&shape, &qkv, &segs, &dout, 2)))
     });
     for (isa, got) in &results {
         assert_eq!(got, &results[0].1, "{isa:?}");
@@ -213,13 +224,13 @@ fn a_copied_block_answers_like_its_source() {
     let shape = shape(2, 1, 8, 0, false);
     let pool = Pool::new(1);
     let qkv = numbers(4 * shape.stride(), 3);
-    let (mut k, mut v) = (vec![0.0; 3 * BLOCK * 8], vec![0.0; 3 * BLOCK * 8]);
-    store_kv(&pool, &shape, &qkv, &[16, 17, 18, 19], &mut k, &mut v);
-    copy_block(&shape, 1, 2, &mut k, &mut v);
+    let mut pages = KvPages::new(3, 1, 8, false);
+    store_kv(&pool, &shape, &qkv, &[16, 17, 18, 19], &mut pages);
+    pages.copy_block(8 * BLOCK, 1, 2);
     let answers = [1, 2].map(|block| {
         let mut out = vec![0.0; 16];
         let runs = [PagedRun { row: 0, rows: 1, first_pos: 3, table: &[block] }];
-        paged_attention(&pool, &shape, &qkv[3 * shape.stride()..], &runs, &k, &v, &mut out);
+        paged_attention(&pool, &shape, &qkv[3 * shape.stride()..], &runs, &pages, &mut out);
         bits(&out)
     });
     assert_eq!(answers[0], answers[1]);

@@ -12,7 +12,7 @@ use rft_engine::rollout::{
     KvCache, PagedBatch, PagedModel, Request, RolloutEngine, RolloutKey, RolloutStats, SamplingConfig,
 };
 use rft_engine::types::{Group, PolicyVersion, Prompt, TokenId};
-use rft_kernels::{Pool, argmax, draw, warp_row};
+use rft_kernels::{KvPages, Pool, argmax, draw, warp_row};
 
 /// Characters of the test vocabulary; `<eos>` follows them.
 pub(crate) const CHARACTERS: &str = "abcdefghijklmnopqrstuvwxyz .";
@@ -89,14 +89,15 @@ impl PagedModel for FakeModel {
     }
 
     fn new_cache(&self, blocks: usize) -> KvCache {
-        KvCache::new(1, blocks, 1, 1)
+        KvCache::new(1, blocks, 1, 1, false)
     }
 
     fn forward(&mut self, _: &Pool, cache: &mut KvCache, batch: &PagedBatch) {
+        let KvPages::F32 { k: keys, v: values } = &mut cache.layers[0] else { unreachable!("made in f32") };
         self.passes.push((batch.tokens.len(), batch.select.len()));
         for ((&token, &position), &slot) in batch.tokens.iter().zip(batch.positions).zip(batch.slots) {
             let (k, v) = self.entry(token, position as usize);
-            (cache.k[0][slot as usize], cache.v[0][slot as usize]) = (k, v);
+            (keys[slot as usize], values[slot as usize]) = (k, v);
         }
         let slot = |table: &[u32], p: usize| {
             table[p / rft_kernels::BLOCK] as usize * rft_kernels::BLOCK + p % rft_kernels::BLOCK
@@ -108,7 +109,7 @@ impl PagedModel for FakeModel {
             assert_eq!(position, batch.positions[row] as usize);
             assert_eq!(slot(run.table, position), batch.slots[row] as usize);
             let slots = (0..=position).map(|p| slot(run.table, p));
-            self.hashes.push(hash(slots.map(|s| (cache.k[0][s], cache.v[0][s]))));
+            self.hashes.push(hash(slots.map(|s| (keys[s], values[s]))));
         }
     }
 

@@ -3,8 +3,8 @@
 use std::cell::RefCell;
 
 use super::AttnShape;
-use super::core::{KeyTile, Query, attend};
-use crate::cache::BLOCK;
+use super::core::{Element, KeyTile, Query, attend};
+use crate::cache::{BLOCK, KvPages};
 use crate::pool::Pool;
 use crate::shared::Shared;
 
@@ -38,7 +38,7 @@ thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
 }
 
-/// The vector emptied, for elements that borrow from elsewhere; its allocation stays (collecting works in place).
+/// The vector emptied, for elements of the same size that borrow from elsewhere; its allocation stays (collecting works in place).
 fn recycle<A, B>(mut vector: Vec<A>) -> Vec<B> {
     vector.clear();
     vector.into_iter().map(|_| unreachable!("the vector is empty")).collect()
@@ -53,8 +53,22 @@ pub fn paged_attention(
     shape: &AttnShape,
     qkv: &[f32],
     runs: &[PagedRun],
-    k_cache: &[f32],
-    v_cache: &[f32],
+    pages: &KvPages,
+    out: &mut [f32],
+) {
+    match pages {
+        KvPages::F32 { k, v } => attention(pool, shape, qkv, runs, k, v, out),
+        KvPages::Bf16 { k, v } => attention(pool, shape, qkv, runs, k, v, out),
+    }
+}
+
+fn attention<E: Element>(
+    pool: &Pool,
+    shape: &AttnShape,
+    qkv: &[f32],
+    runs: &[PagedRun],
+    k_cache: &[E],
+    v_cache: &[E],
     out: &mut [f32],
 ) {
     shape.check();
@@ -74,7 +88,7 @@ pub fn paged_attention(
         let (mut scores, tiles, queries) = SCRATCH.with_borrow_mut(|s| {
             (std::mem::take(&mut s.scores), std::mem::take(&mut s.tiles), std::mem::take(&mut s.queries))
         });
-        let mut tiles: Vec<KeyTile> = recycle(tiles);
+        let mut tiles: Vec<KeyTile<E>> = recycle(tiles);
         for piece in pieces {
             tiles.extend(blocks_of(piece).iter().enumerate().map(|(t, &block)| {
                 let at = (block as usize * shape.kv_heads + kv_head) * BLOCK * d;
@@ -82,7 +96,7 @@ pub fn paged_attention(
                 KeyTile { start: t * BLOCK, len: BLOCK, k, v, v_stride: d }
             }));
         }
-        let mut queries: Vec<Query> = recycle(queries);
+        let mut queries: Vec<Query<E>> = recycle(queries);
         let mut rest = &tiles[..];
         for piece in pieces {
             let run = &runs[piece.run];

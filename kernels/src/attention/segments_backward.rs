@@ -181,7 +181,7 @@ simd_fn! {
         let d = shape.head_dim;
         let Scratch { scores, weights, slopes } = scratch;
 
-        score_group::<S>(d, queries, scores, row);
+        score_group::<S, f32>(d, queries, scores, row);
         let mut swapped: Vec<Query> = queries
             .iter_mut()
             .zip(outs)
@@ -189,7 +189,7 @@ simd_fn! {
                 q: dout, out: &mut *query.out, from: query.from, to: query.to, tiles: &tiles.swapped,
             })
             .collect();
-        score_group::<S>(d, &swapped, slopes, row);
+        score_group::<S, f32>(d, &swapped, slopes, row);
         for (r, query) in swapped.iter().enumerate() {
             let (from, to) = (query.from, query.to);
             let (scores, weights, slopes) =
@@ -219,7 +219,7 @@ simd_fn! {
                 row[to..].fill(0.0);
             }
         }
-        weigh_group::<S>(&mut swapped, slopes, row);
+        weigh_group::<S, f32>(&mut swapped, slopes, row);
         let first = swapped.iter().map(|query| query.from).min().unwrap_or(0);
         let last = swapped.iter().map(|query| query.to).max().unwrap_or(0);
         let mut q = [&[][..]; TOGETHER];
