@@ -143,7 +143,7 @@ fn a_bf16_cache_holds_twice_the_blocks() {
     let plan = |more: &[&str]| {
         let sets: Vec<String> = more.iter().map(|s| s.to_string()).collect();
         let recipe = Recipe::load(None, &sets).unwrap();
-        MemoryPlan::new(&recipe, &policy(), false, 20).unwrap()
+        MemoryPlan::new(&recipe, &policy(), 0, 20).unwrap()
     };
     let (plain, half) = (plan(&[]), plan(&["rollout.kv_precision=\"bf16\""]));
     assert_eq!((plain.kv_blocks, plain.kv), (half.kv_blocks, 2 * half.kv), "a step's blocks take half");
