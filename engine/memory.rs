@@ -68,7 +68,8 @@ impl MemoryPlan {
 
         let mut plan = Self {
             weights: base + adapter,
-            gradients: 4 * trainable,
+            // a meta-gradient is the product of two gradients
+            gradients: 4 * trainable * if recipe.has_meta_gradient() { 2 } else { 1 },
             moments: 8 * trainable,
             reference,
             kv: 0,

@@ -3,10 +3,12 @@
 //! This is the only module that reads TOML; the others receive the small typed structs below. Unknown keys
 //! are errors that name the file, the line and the nearest valid key. `--set a.b=value` changes one key.
 
+mod amft;
 mod reference;
 mod sections;
 mod validate;
 
+pub use amft::{AmftConfig, Validation};
 pub use reference::ReferenceConfig;
 pub use sections::*;
 
@@ -112,11 +114,16 @@ impl Recipe {
     /// The stages with their steps filled in.
     pub fn stages(&self) -> Vec<StageConfig> {
         let mut stages = match self.stage.is_empty() {
-            true => vec![StageConfig { kind: StageKind::Grpo, steps: None, lr: None, batch: None }],
+            true => {
+                vec![StageConfig { kind: StageKind::Grpo, steps: None, lr: None, batch: None, amft: None }]
+            }
             false => self.stage.clone(),
         };
         for stage in &mut stages {
             stage.steps.get_or_insert(self.train.steps);
+            if stage.kind == StageKind::Amft {
+                stage.amft.get_or_insert_default();
+            }
         }
         stages
     }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::ReferenceConfig;
+use super::{AmftConfig, ReferenceConfig};
 use crate::advantage::AdvantageConfig;
 use crate::data::arithmetic::ArithmeticConfig;
 use crate::learner::optimizer::OptimizerKind;
@@ -401,6 +401,8 @@ pub enum StageKind {
     Sft,
     /// Rollouts, rewards, policy gradient.
     Grpo,
+    /// Both in every step, with a learned weight.
+    Amft,
 }
 
 /// One stage.
@@ -415,7 +417,10 @@ pub struct StageConfig {
     /// Peak learning rate instead of `optimizer.lr`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub lr: Option<f64>,
-    /// Demonstrations a step (`sft` only).
+    /// Demonstrations a step (`sft` and `amft`).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub batch: Option<usize>,
+    /// Settings of an `amft` stage.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub amft: Option<AmftConfig>,
 }

@@ -63,13 +63,14 @@ impl Recipe {
             }
             _ => {}
         }
-        let grpo = self.stages().iter().any(|s| s.kind == StageKind::Grpo);
+        let grpo = self.stages().iter().any(|s| s.kind != StageKind::Sft);
         if grpo && self.reward.is_empty() {
             return fail("reward: a grpo stage needs at least one [[reward]]".into());
         }
         self.validate_algorithm()?;
         self.algorithm.reference.validate()?;
         self.validate_kl()?;
+        self.validate_amft()?;
         let r = &self.rollout;
         for (key, value) in [
             ("rollout.prompts_per_step", r.prompts_per_step),

@@ -2,6 +2,7 @@
 
 pub mod batch;
 pub mod checkpoint;
+mod gradient;
 pub mod optimizer;
 pub mod schedule;
 pub mod step;

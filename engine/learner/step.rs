@@ -7,8 +7,9 @@
 use rft_kernels::{Pool, Warp};
 
 use crate::config::OptimizerConfig;
-use crate::error::{EngineError, Result};
+use crate::error::Result;
 use crate::learner::batch::{GroupTokens, Piece, micro_batches, pack};
+use crate::learner::gradient::check_finite;
 use crate::learner::optimizer::AdamW;
 use crate::model::backprop::{PackedBatch, Scores, Trainer};
 use crate::model::policy::{Grads, Policy, Weights};
@@ -34,11 +35,11 @@ pub struct UpdateStats {
 /// Gradient buffers, optimizer state and activations of one policy.
 #[derive(Debug)]
 pub struct Learner {
-    trainer: Trainer,
-    grads: Grads,
+    pub(super) trainer: Trainer,
+    pub(super) grads: Grads,
     /// Optimizer state; saved in checkpoints.
     pub adam: AdamW,
-    max_rows: usize,
+    pub(super) max_rows: usize,
 }
 
 impl Learner {
@@ -113,63 +114,8 @@ impl Learner {
         Ok(stats)
     }
 
-    /// The completion whose own gradient is not finite, found by computing them one by one.
-    fn culprit(
-        &mut self,
-        pool: &Pool,
-        weights: &Weights,
-        groups: &[GroupTokens],
-        warp: &Warp,
-        mut objective: impl FnMut(&[Piece], &Scores) -> Result<ScoreGrads>,
-    ) -> Result<EngineError> {
-        for (group, completions) in groups.iter().enumerate().map(|(g, group)| (g, group.completions.len())) {
-            for completion in 0..completions {
-                let pieces = [Piece { group, completions: completion..completion + 1 }];
-                let batch = PackedBatch { update: Some(self.adam.updates), ..pack(groups, &pieces) };
-                let scores = self.trainer.forward(pool, weights, &batch, warp);
-                let d = objective(&pieces, &scores)?;
-                self.grads.clear();
-                self.trainer.backward(
-                    pool,
-                    weights,
-                    &batch,
-                    warp,
-                    &d.logprobs,
-                    &d.entropies,
-                    &mut self.grads,
-                );
-                self.trainer.finish(pool, weights, &mut self.grads);
-                let sums =
-                    [&self.grads.base, &self.grads.adapter].map(|g| rft_kernels::sum_of_squares(pool, g));
-                if sums.iter().any(|sum| !sum.is_finite()) {
-                    return Ok(EngineError::NonFinite { what: "gradient", group, completion, token: None });
-                }
-            }
-        }
-        Ok(EngineError::Numeric(
-            "the gradient is not finite though that of every completion is: their sum is too large; nothing was updated. \
-             hint: lower optimizer.lr"
-                .into(),
-        ))
-    }
-
     /// The gradient of the last update, laid out as the trainable arena's slots.
     pub fn last_grads(&self) -> &Grads {
         &self.grads
     }
-}
-
-fn check_finite(what: &'static str, groups: &[GroupTokens], pieces: &[Piece], values: &[f32]) -> Result<()> {
-    let Some(mut at) = values.iter().position(|v| !v.is_finite()) else { return Ok(()) };
-    for piece in pieces {
-        for c in piece.completions.clone() {
-            let len = groups[piece.group].completions[c].len();
-            if at < len {
-                let token = Some(at);
-                return Err(EngineError::NonFinite { what, group: piece.group, completion: c, token });
-            }
-            at -= len;
-        }
-    }
-    unreachable!("values cover exactly the pieces' tokens")
 }

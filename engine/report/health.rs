@@ -105,6 +105,8 @@ pub struct Signs {
     pub failed: usize,
     /// Completions whose rewards gave them an advantage other than 0.
     pub taught: usize,
+    /// Whether demonstrations taught something beside the rewards.
+    pub imitates: bool,
     /// Mean reward.
     pub reward_mean: f64,
     /// Sum of the verifiers' weights: the reward of a perfect completion by convention.
@@ -150,7 +152,7 @@ impl History {
     pub fn assess(&self, s: &Signs) -> Verdict {
         let share = |n: usize, of: usize| n as f64 / of.max(1) as f64;
         let percent = |x: f64| format!("{:.0} %", 100.0 * x);
-        let untaught = s.taught == 0;
+        let untaught = s.taught == 0 && !s.imitates;
         if s.rewarded == 0 {
             let all = s.completions;
             return because(Health::NoReward, format!("none of the {all} completions has a reward"));
@@ -295,6 +297,7 @@ mod tests {
             (Health::Learning, Signs { truncated_fraction: 1.0, ..g() }),
             (Health::ZeroVariance, Signs { truncated_fraction: 0.89, taught: 0, ..g() }),
             (Health::ZeroVariance, Signs { zero_variance_groups: 4, taught: 0, ..g() }),
+            (Health::Learning, Signs { taught: 0, imitates: true, ..g() }),
             (Health::ExplodingNorm, Signs { grad_norm: 5.1, ..g() }),
             (Health::Learning, Signs { grad_norm: 4.9, ..g() }),
             (Health::Learning, Signs { grad_norm: 5.1, max_grad_norm: 6.0, ..g() }),

@@ -56,6 +56,8 @@ pub struct StepMetrics {
     pub kl_coefficient: f64,
     /// Held-out mean reward, where the step was evaluated.
     pub eval_reward: Option<f64>,
+    /// What the kind of stage adds, by key.
+    pub extra: Vec<(&'static str, f64)>,
     /// What the step did for the policy, and why not more.
     pub health: Verdict,
 }
@@ -98,6 +100,9 @@ impl StepMetrics {
         put("kl_coefficient", json!(self.kl_coefficient));
         if let Some(reward) = self.eval_reward {
             put("eval_reward", json!(reward));
+        }
+        for (key, value) in &self.extra {
+            put(key, json!(value));
         }
         put("health", json!(self.health.0));
         put("health_reason", json!(self.health.1));

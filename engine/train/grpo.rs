@@ -5,6 +5,7 @@ use std::time::Instant;
 use serde_json::{Map, Value, json};
 
 use super::Run;
+use super::amft::imitation;
 use super::batch::{StepBatch, component_rows};
 use crate::advantage::{Advantages, Combine, Rewards, grouped, groups_of, matrix_advantages};
 use crate::config::StageConfig;
@@ -61,6 +62,26 @@ impl Run {
         }
         let reference = self.reference_logprobs(learner, &batch.groups, &sampling.warp());
         let advantages = self.advantages(&groups, &batch, reference.as_deref());
+        let imitation = imitation(&self.tasks, &self.state, self.recipe.seed, stage)?;
+        let (mut all_groups, mut ids) = (batch.groups.clone(), ids_of(&groups));
+        if let Some(shown) = &imitation {
+            all_groups.extend(shown.groups.iter().cloned());
+            ids.extend(&shown.ids);
+        }
+        let entropy_coefficient =
+            self.recipe.algorithm.objective.entropy_control.coefficient(&self.state.entropy);
+        let coefficients = (self.state.kl_coefficient, entropy_coefficient);
+        let objective = &self.recipe.algorithm.objective;
+        let reinforce = |pieces: &[Piece], scores: &Scores| {
+            batch.loss(pieces, scores, &advantages.values, reference.as_deref(), coefficients, objective)
+        };
+        let meta = match (&stage.amft, &imitation) {
+            (Some(config), Some(shown)) => {
+                self.meta_gradient(config, learner, engine, &sampling, shown, &batch, &reinforce)?
+            }
+            _ => None,
+        };
+        let mut imitated = 0.0;
         let mut first = LossSums::default();
         let mut all = LossSums::default();
         let mut stats = UpdateStats::default();
@@ -70,30 +91,30 @@ impl Run {
         for epoch in 0..epochs {
             lr = self.learning_rate(stage, self.state.step_in_stage * epochs + epoch, total * epochs);
             let mut sums = LossSums::default();
-            let objective = &self.recipe.algorithm.objective;
-            let kl_coefficient = self.state.kl_coefficient;
-            let entropy_coefficient = objective.entropy_control.coefficient(&self.state.entropy);
+            let mut likelihood = 0.0;
             let loss = |pieces: &[Piece], scores: &Scores| {
-                let out = batch.loss(
-                    pieces,
-                    scores,
-                    &advantages.values,
-                    reference.as_deref(),
-                    (kl_coefficient, entropy_coefficient),
-                    objective,
-                );
-                sums.add(&out.sums);
-                Ok(ScoreGrads { logprobs: out.d_new, entropies: out.d_entropy })
+                let Some(shown) = &imitation else {
+                    let out = reinforce(pieces, scores);
+                    sums.add(&out.sums);
+                    return Ok(ScoreGrads { logprobs: out.d_new, entropies: out.d_entropy });
+                };
+                let weights = (1.0 - shown.mu, shown.mu);
+                let (grads, out, share) =
+                    shown.blend(pieces, scores, batch.groups.len(), weights, &reinforce);
+                out.iter().for_each(|out| sums.add(&out.sums));
+                likelihood += share;
+                Ok(grads)
             };
             let (pool, warp) = (&self.pool, sampling.warp());
             let optimizer = &self.recipe.optimizer;
             stats = learner
-                .update(pool, &mut self.policy, &batch.groups, &warp, optimizer, lr, loss)
-                .map_err(|e| self.name_sample(e, &batch.groups, &ids_of(&groups)))?;
+                .update(pool, &mut self.policy, &all_groups, &warp, optimizer, lr, loss)
+                .map_err(|e| self.name_sample(e, &all_groups, &ids))?;
             rows += stats.rows;
             all.add(&sums);
             if epoch == 0 {
                 first = sums;
+                imitated = likelihood;
             }
         }
         self.advance_reference();
@@ -106,6 +127,12 @@ impl Run {
             self.recipe.algorithm.objective.kl.next_coefficient(kl_coefficient, kl, first.tokens);
         self.state.entropy =
             self.recipe.algorithm.objective.entropy_control.next(&self.state.entropy, first.entropy / tokens);
+        let mut extra = Vec::new();
+        if let (Some(config), Some(balance)) = (&stage.amft, self.state.balance) {
+            let next = balance.next(config, first.entropy / tokens, meta);
+            extra = vec![("sft_loss", imitated), ("amft_mu", balance.mu), ("amft_meta", next.meta)];
+            self.state.balance = Some(next);
+        }
         self.state.steps = step;
         self.state.version = self.policy.version.0;
         self.state.updates = learner.adam.updates;
@@ -151,6 +178,7 @@ impl Run {
             rss_peak_bytes: rss_peak_bytes(),
             kl_coefficient,
             eval_reward,
+            extra,
             health,
         };
         let logged = match self.recipe.train.log_groups {
@@ -197,6 +225,7 @@ impl Run {
             rewarded: outcomes().filter(|o| o.reward.is_some()).count(),
             failed: outcomes().filter(|o| !o.errors.is_empty()).count(),
             taught,
+            imitates: self.state.balance.is_some_and(|b| b.mu > 0.0),
             reward_mean: advantages.reward_mean,
             full_reward: self.recipe.reward.iter().map(|r| r.weight).sum(),
             truncated_fraction: cut as f64 / completions().count().max(1) as f64,

@@ -3,6 +3,7 @@
 //! A run is a list of stages. All that a stage's next step depends on is in `State` and the trainable weights
 //! and moments; both are in every checkpoint, so a resumed run takes the very same steps.
 
+mod amft;
 mod batch;
 mod grpo;
 mod nonfinite;
@@ -40,6 +41,7 @@ use crate::report::progress::{self, Example, Progress};
 use crate::report::sinks::RunFolder;
 use crate::reward::{ScoredGroup, Scorer};
 use crate::rollout::{RolloutEngine, RolloutKey, SamplingConfig};
+use amft::Balance;
 use reference::{Reference, ReferenceState, reference_bytes};
 use tasks::{Tasks, load_tasks};
 
@@ -59,6 +61,8 @@ struct State {
     updates: u64,
     kl_coefficient: f64,
     entropy: EntropyState,
+    /// The learned weight of an `amft` stage.
+    balance: Option<Balance>,
     /// The reference policy, once it is taken.
     reference: Option<ReferenceState>,
     /// `ctx.state` of each verifier, as JSON text.
@@ -101,9 +105,13 @@ impl Run {
             None => arithmetic::tokenizer()?,
         };
         let tasks = load_tasks(&recipe, source.as_ref(), &tokenizer)?;
-        let prompt_tokens = longest(tasks.train.iter().chain(&tasks.heldout).map(|p| p.tokens.len()));
+        let prompt_tokens = longest(
+            tasks.train.iter().chain(&tasks.heldout).chain(&tasks.validation.prompts).map(|p| p.tokens.len()),
+        );
         let positions = prompt_tokens
-            + recipe.rollout.max_new_tokens.max(longest(tasks.demonstrations.iter().map(Vec::len)));
+            + recipe.rollout.max_new_tokens.max(longest(
+                tasks.demonstrations.iter().chain(&tasks.validation.demonstrations).map(Vec::len),
+            ));
         let (mut policy, files) = match (&source, &recipe.model.new) {
             (Some(source), _) => {
                 if positions > source.spec().max_positions {
@@ -190,7 +198,8 @@ impl Run {
                 self.policy.choose_trained(&self.recipe.model, self.recipe.seed, self.state.stage)?;
                 learner.begin_stage(&self.policy);
                 self.begin_reference(&checkpoints)?;
-                if stage.kind == StageKind::Grpo {
+                self.state.balance = stage.amft.as_ref().map(Balance::new);
+                if stage.kind != StageKind::Sft {
                     self.begin_grpo(&mut engine)?;
                 }
             }
@@ -198,13 +207,14 @@ impl Run {
             let label = match stage.kind {
                 StageKind::Sft => "sft",
                 StageKind::Grpo => "grpo",
+                StageKind::Amft => "amft",
             };
             let mut progress = Progress::start(label, self.state.step_in_stage, total);
             while self.state.step_in_stage < total {
                 let (before, version) = (self.state.clone(), self.policy.version);
                 let step = match stage.kind {
                     StageKind::Sft => self.sft_step(stage, total, &mut learner, &mut progress),
-                    StageKind::Grpo => {
+                    StageKind::Grpo | StageKind::Amft => {
                         self.grpo_step(stage, total, &mut learner, &mut engine, &mut folder, &mut progress)
                     }
                 };

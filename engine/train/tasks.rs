@@ -5,6 +5,7 @@ use std::sync::Arc;
 use rayon::prelude::*;
 use serde_json::Value;
 
+use super::amft::Validating;
 use crate::config::Recipe;
 use crate::data::arithmetic::{self, Split};
 use crate::data::prompts::{Order, Renderer, Row, read_jsonl};
@@ -20,7 +21,27 @@ pub(super) struct Tasks {
     pub(super) heldout: Vec<Arc<Prompt>>,
     /// Token ids of each training row's `demonstration` with the end token; empty where it has none.
     pub(super) demonstrations: Vec<Vec<TokenId>>,
+    /// What meta-gradients are measured on; no stage trains on it.
+    pub(super) validation: Validating,
     pub(super) dropped: usize,
+}
+
+impl Tasks {
+    /// Sets the last `n` training prompts aside for validation.
+    pub(super) fn set_aside(&mut self, n: usize) -> Result<()> {
+        let left = self.train.len().saturating_sub(n);
+        if left == 0 && n > 0 {
+            return Err(EngineError::Config(format!(
+                "amft.validation_prompts = {n} leaves nothing of {} prompts to train on. hint: lower it",
+                self.train.len()
+            )));
+        }
+        self.validation = Validating {
+            prompts: self.train.split_off(left),
+            demonstrations: self.demonstrations.split_off(left),
+        };
+        Ok(())
+    }
 }
 
 pub(super) fn load_tasks(
@@ -98,7 +119,9 @@ pub(super) fn load_tasks(
             _ => Ok(Vec::new()),
         })
         .collect::<Result<_>>()?;
-    Ok(Tasks { train, heldout, demonstrations, dropped })
+    let mut tasks = Tasks { train, heldout, demonstrations, validation: Validating::default(), dropped };
+    tasks.set_aside(recipe.validation_prompts())?;
+    Ok(tasks)
 }
 
 fn split_rows(
