@@ -90,7 +90,6 @@ impl Imitation<'_> {
             let part = Scores {
                 logprobs: scores.logprobs[..cut].to_vec(),
                 entropies: scores.entropies[..cut].to_vec(),
-                ..Scores::default()
             };
             rollouts(own, &part)
         });

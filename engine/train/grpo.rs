@@ -99,8 +99,7 @@ impl Run {
                     return Ok(ScoreGrads { logprobs: out.d_new, entropies: out.d_entropy });
                 };
                 let weights = (1.0 - shown.mu, shown.mu);
-                let (grads, out, share) =
-                    shown.blend(pieces, scores, batch.groups.len(), weights, &reinforce);
+                let (grads, out, share) = shown.blend(pieces, scores, batch.groups.len(), weights, reinforce);
                 out.iter().for_each(|out| sums.add(&out.sums));
                 likelihood += share;
                 Ok(grads)
