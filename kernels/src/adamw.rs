@@ -41,7 +41,7 @@ pub fn adamw(pool: &Pool, w: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32]
 }
 
 simd_fn! {
-    fn adamw_chunk<S>(w: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], p: &AdamwStep) {
+    pub(crate) fn adamw_chunk<S>(w: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], p: &AdamwStep) {
         let bias1 = 1.0 - f64::from(p.beta1).powf(p.step as f64);
         let bias2 = 1.0 - f64::from(p.beta2).powf(p.step as f64);
         let step_size = S::splat((f64::from(p.lr) / bias1) as f32);

@@ -8,6 +8,7 @@
 
 mod activation;
 mod adamw;
+mod adamw8;
 mod attention;
 mod buffer;
 mod cache;
@@ -30,6 +31,7 @@ mod simd;
 
 pub use activation::{Act, glu, glu_backward};
 pub use adamw::{AdamwStep, adamw, sgd, sum_of_squares};
+pub use adamw8::{MOMENT_BLOCK, MomentCodes, adamw8, decode_moments};
 pub use attention::{
     AttnShape, PagedRun, Segment, Span, paged_attention, segment_attention, segment_attention_backward,
 };
