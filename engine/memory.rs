@@ -3,18 +3,22 @@
 //! Everything but activations and KV blocks is fixed by the model; those two take what the budget leaves, so
 //! the plan decides the size of the learner's micro-batches and of the rollouts' block pool.
 
-use std::fmt;
+use std::fmt::{self, Write as _};
 
 use rft_kernels::BLOCK;
 
-use crate::config::{Precision, Recipe};
+use crate::config::{Precision, Recipe, Recompute};
 use crate::error::{EngineError, Result};
+use crate::learner::optimizer::Moments;
 use crate::model::backprop::{LOGITS_CHUNK_BYTES, activation_bytes_per_row};
 use crate::model::policy::Policy;
 use crate::rollout::sampler::logits_rows;
 
 /// Micro-batches above this many rows are no faster (the kernels are at their peak) and only take memory.
 const MAX_ROWS: usize = 4096;
+
+/// Micro-batches of fewer rows leave the kernels below their peak; then layers' activations are rather made again.
+const FULL_SPEED_ROWS: usize = 512;
 
 /// Program, tokenizer, Lua states and allocator slack, measured at 40–90 MB.
 const PROGRAM_BYTES: usize = 96 << 20;
@@ -44,6 +48,8 @@ pub struct MemoryPlan {
     pub kv_blocks: usize,
     /// Rows (tokens) of a micro-batch.
     pub max_rows: usize,
+    /// Layers, from the first, whose activations are made again in the backward pass.
+    pub recompute: usize,
 }
 
 impl MemoryPlan {
@@ -70,7 +76,7 @@ impl MemoryPlan {
             weights: base + adapter,
             // a meta-gradient is the product of two gradients
             gradients: 4 * trainable * if recipe.has_meta_gradient() { 2 } else { 1 },
-            moments: 8 * trainable,
+            moments: Moments::planned_bytes(policy.trainable(), &recipe.optimizer),
             reference,
             kv: 0,
             logits: samples.min(logits_rows(spec.vocab)) * spec.vocab * 4
@@ -81,10 +87,14 @@ impl MemoryPlan {
             budget: recipe.devices.memory_mb << 20,
             kv_blocks: 0,
             max_rows: 0,
+            recompute: 0,
         };
-        let per_row = activation_bytes_per_row(&policy.weights());
         let longest = prompt_tokens + rollout.max_new_tokens;
-        let fewest = longest * per_row + fewest_blocks * block_bytes;
+        let step_rows = rollout.prompts_per_step * prompt_tokens + samples * rollout.max_new_tokens;
+        let per_row = |recompute| activation_bytes_per_row(&policy.weights(), recompute);
+        let most = spec.layers - 1;
+        let least_per_row = per_row(if recipe.train.recompute == Recompute::Off { 0 } else { most });
+        let fewest = longest * least_per_row + fewest_blocks * block_bytes;
         let left = plan.budget.saturating_sub(plan.total());
         if left < fewest {
             return Err(EngineError::Memory(format!(
@@ -102,9 +112,15 @@ impl MemoryPlan {
         };
         plan.kv_blocks = (wanted / block_bytes).max(fewest_blocks);
         plan.kv = plan.kv_blocks * block_bytes;
-        let rows = (left.saturating_sub(plan.kv) / per_row).clamp(longest, MAX_ROWS.max(longest));
-        let step_rows = rollout.prompts_per_step * prompt_tokens + samples * rollout.max_new_tokens;
-        plan.max_rows = rows.min(step_rows.max(longest));
+        let left = left.saturating_sub(plan.kv);
+        let full_speed = FULL_SPEED_ROWS.min(step_rows).max(longest);
+        plan.recompute = match recipe.train.recompute {
+            Recompute::Off => 0,
+            Recompute::On => most,
+            Recompute::Auto => (0..most).find(|&layers| full_speed * per_row(layers) <= left).unwrap_or(most),
+        };
+        let per_row = per_row(plan.recompute);
+        plan.max_rows = (left / per_row).clamp(longest, MAX_ROWS.max(longest)).min(step_rows.max(longest));
         plan.activations = plan.max_rows * per_row;
         Ok(plan)
     }
@@ -128,6 +144,10 @@ fn mib(bytes: usize) -> String {
 
 impl fmt::Display for MemoryPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut activations = format!("micro-batches of {} tokens", self.max_rows);
+        if self.recompute > 0 {
+            write!(activations, "; those of {} layers are made again", self.recompute)?;
+        }
         let rows = [
             ("weights", self.weights, String::new()),
             ("gradients", self.gradients, String::new()),
@@ -135,7 +155,7 @@ impl fmt::Display for MemoryPlan {
             ("reference", self.reference, String::new()),
             ("KV blocks", self.kv, format!("{} blocks of {BLOCK} positions", self.kv_blocks)),
             ("logits", self.logits, String::new()),
-            ("activations", self.activations, format!("micro-batches of {} tokens", self.max_rows)),
+            ("activations", self.activations, activations),
             ("program", self.program, String::new()),
             ("total", self.total(), format!("budget {}", mib(self.budget))),
         ];

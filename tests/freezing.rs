@@ -6,6 +6,7 @@ use std::process::{Command, Output};
 
 use rft_engine::config::{ModelConfig, OptimizerConfig, Precision, Recipe};
 use rft_engine::learner::batch::GroupTokens;
+use rft_engine::learner::optimizer::Moments;
 use rft_engine::learner::step::{Learner, ScoreGrads};
 use rft_engine::memory::MemoryPlan;
 use rft_engine::model::params::Shape;
@@ -120,7 +121,8 @@ fn what_trains_moves_as_in_a_full_run_and_what_is_frozen_keeps_its_bits() {
                 assert!(run.grad.len() < (rows + 63) * k, "more than the panels that {:?} touch", run.rows);
             }
         }
-        assert_eq!(learner.adam.m.len(), len);
+        let Moments::F32 { m, .. } = &learner.adam.moments else { panic!("moments are f32 by default") };
+        assert_eq!(m.len(), len);
         assert_eq!(learner.last_grads().base.len(), len);
     }
 }

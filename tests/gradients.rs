@@ -72,7 +72,13 @@ fn objective(pool: &Pool, policy: &Policy, trainer: &mut Trainer) -> f64 {
 }
 
 fn gradient(pool: &Pool, policy: &Policy, max_rows: usize) -> Grads {
-    let (groups, mut grads, mut trainer, mut at) = (groups(), policy.new_grads(), Trainer::default(), 0);
+    gradient_recomputing(pool, policy, max_rows, 0)
+}
+
+fn gradient_recomputing(pool: &Pool, policy: &Policy, max_rows: usize, recompute: usize) -> Grads {
+    let (groups, mut grads, mut at) = (groups(), policy.new_grads(), 0);
+    let mut trainer = Trainer::default();
+    trainer.recompute = recompute;
     for pieces in micro_batches(&groups, max_rows) {
         let batch = packed(&groups, &pieces);
         let scores = trainer.forward(pool, &policy.weights(), &batch, &PLAIN);
@@ -217,4 +223,80 @@ fn a_bf16_cache_changes_the_gradient_by_its_rounding_only() {
     let off = norm(&mut exact.iter().zip(&rounded).map(|(a, b)| a - b)) / norm(&mut exact.iter().copied());
     println!("relative distance of the gradients: {off:.5}");
     assert!(off > 1e-5 && off < 0.01, "{off}");
+}
+
+/// Norms around both halves of a layer, sliding windows, softcaps.
+fn sandwich() -> Policy {
+    let spec = ModelSpec::from_config_json(&serde_json::json!({
+        "architectures": ["Gemma2ForCausalLM"],
+        "vocab_size": 50, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 40, "sliding_window": 3,
+        "query_pre_attn_scalar": 8, "max_position_embeddings": 64,
+    }));
+    let mut policy = Policy::init(spec.unwrap(), 3);
+    policy.prepare(&Pool::new(1), 64, Precision::F32);
+    policy
+}
+
+#[test]
+fn making_activations_again_leaves_the_gradient_bits_alone() {
+    let bits = |g: Grads| g.base.iter().chain(&g.adapter).map(|x| x.to_bits()).collect::<Vec<_>>();
+    let (mut bf16, pool) = (adapted(0.3), Pool::new(2));
+    bf16.prepare(&pool, 64, Precision::Bf16);
+    let mut rounded = policy();
+    rounded.kv_precision = Precision::Bf16;
+    for policy in [policy(), mixture(true), sandwich(), adapted(0.0), adapted(0.3), bf16, rounded] {
+        let kept = bits(gradient(&pool, &policy, 100));
+        assert!(kept.iter().any(|&bits| bits << 1 != 0));
+        for recompute in 1..=policy.spec.layers {
+            assert_eq!(
+                kept,
+                bits(gradient_recomputing(&pool, &policy, 100, recompute)),
+                "{recompute} layers"
+            );
+            let split = gradient_recomputing(&Pool::new(1), &policy, 11, recompute);
+            // bf16 adds rows by blocks, so only whole blocks may be split off there
+            if policy.base.matrix(0).bf16.is_none() {
+                assert_eq!(kept, bits(split), "{recompute} layers, split");
+            }
+        }
+    }
+}
+
+/// A group's prompt stands once and its completions share it: the gradient is that of every completion with a prompt of its
+/// own, one after another, whose gradients are summed here in f64.
+#[test]
+fn a_group_has_the_gradient_of_its_separate_sequences() {
+    let pool = Pool::new(2);
+    for policy in [policy(), mixture(true), sandwich(), adapted(0.0)] {
+        let shared = gradient(&pool, &policy, 100);
+        let groups = groups();
+        let mut sums = vec![0.0f64; shared.base.len() + shared.adapter.len()];
+        let (mut rows, mut at) = (0, 0);
+        for group in &groups {
+            for completion in &group.completions {
+                let alone = [GroupTokens { prompt: group.prompt, completions: vec![completion] }];
+                let batch = packed(&alone, &micro_batches(&alone, 100)[0]);
+                rows += batch.tokens.len();
+                let (mut trainer, mut grads) = (Trainer::default(), policy.new_grads());
+                trainer.forward(&pool, &policy.weights(), &batch, &PLAIN);
+                let (dl, de): (Vec<f32>, Vec<f32>) = (at..at + completion.len()).map(weight).unzip();
+                at += completion.len();
+                trainer.backward(&pool, &policy.weights(), &batch, &PLAIN, &dl, &de, &mut grads);
+                trainer.finish(&pool, &policy.weights(), &mut grads);
+                for (sum, g) in sums.iter_mut().zip(grads.base.iter().chain(&grads.adapter)) {
+                    *sum += f64::from(*g);
+                }
+            }
+        }
+        let whole = packed(&groups, &micro_batches(&groups, 100)[0]).tokens.len();
+        assert_eq!((whole, rows), (5 + 3 + 1 + 1 + 2, 3 * 5 + 3 + 1 + 1 + 2), "rows computed");
+        let square = |x: f64| x * x;
+        let norm = sums.iter().map(|&s| square(s)).sum::<f64>().sqrt();
+        let off =
+            shared.base.iter().chain(&shared.adapter).zip(&sums).map(|(g, s)| square(f64::from(*g) - s));
+        let off = off.sum::<f64>().sqrt() / norm;
+        // f32 sums of some dozens of terms in two orders
+        assert!(off < 2e-6, "the gradients differ by {off:e} of their norm");
+    }
 }

@@ -90,6 +90,7 @@ fn correction(c: &Value) -> Option<SamplerCorrection> {
 fn optimizer(c: &Value) -> OptimizerConfig {
     let is_sgd = c["optim"].as_str().unwrap().to_lowercase().contains("sgd");
     OptimizerConfig {
+        state: Default::default(),
         kind: if is_sgd { OptimizerKind::Sgd } else { OptimizerKind::AdamW },
         lr: number(&c["learning_rate"]),
         beta1: number(&c["adam_beta1"]),

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::{AmftConfig, ReferenceConfig};
 use crate::advantage::AdvantageConfig;
 use crate::data::arithmetic::ArithmeticConfig;
-use crate::learner::optimizer::OptimizerKind;
+use crate::learner::optimizer::{MomentKind, OptimizerKind};
 use crate::loss::Objective;
 
 /// The policy: a path to load, or a new model to initialise.
@@ -293,6 +293,8 @@ pub struct AlgorithmConfig {
 pub struct OptimizerConfig {
     /// The rule.
     pub kind: OptimizerKind,
+    /// How AdamW's moments are held: `f32`, or `int8` at a quarter of the memory.
+    pub state: MomentKind,
     /// Peak learning rate.
     pub lr: f64,
     /// Decay of the first moment.
@@ -315,6 +317,7 @@ impl Default for OptimizerConfig {
     fn default() -> Self {
         Self {
             kind: OptimizerKind::AdamW,
+            state: MomentKind::F32,
             lr: 1e-6,
             beta1: 0.9,
             beta2: 0.999,
@@ -325,6 +328,19 @@ impl Default for OptimizerConfig {
             warmup_updates: 0,
         }
     }
+}
+
+/// Which layers' activations are made again in the backward pass: the gradient's bits are the same, a step takes longer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Recompute {
+    /// As few layers as let micro-batches run at full speed within `devices.memory_mb`.
+    #[default]
+    Auto,
+    /// All.
+    On,
+    /// None.
+    Off,
 }
 
 /// How long, and what is kept.
@@ -341,11 +357,20 @@ pub struct TrainConfig {
     pub keep_checkpoints: usize,
     /// Groups a step that are written to samples.jsonl; 0 is all.
     pub log_groups: usize,
+    /// Whether a layer's activations are kept for the backward pass or made again in it from the layer's input.
+    pub recompute: Recompute,
 }
 
 impl Default for TrainConfig {
     fn default() -> Self {
-        Self { steps: 100, inner_epochs: 1, checkpoint_every: 20, keep_checkpoints: 2, log_groups: 0 }
+        Self {
+            steps: 100,
+            inner_epochs: 1,
+            checkpoint_every: 20,
+            keep_checkpoints: 2,
+            log_groups: 0,
+            recompute: Recompute::Auto,
+        }
     }
 }
 

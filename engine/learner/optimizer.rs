@@ -1,9 +1,11 @@
 //! The optimizer over the trainable slots of a policy, with state that can be saved and a norm in a fixed order.
 
-use rft_kernels::{AdamwStep, Pool, adamw, sgd, sum_of_squares};
+use rft_kernels::{AdamwStep, MOMENT_BLOCK, MomentCodes, Pool, adamw, adamw8, sgd, sum_of_squares};
 use serde::{Deserialize, Serialize};
 
 use crate::config::OptimizerConfig;
+use crate::error::Result;
+use crate::learner::checkpoint::{Buffers, Values};
 use crate::model::params::Arena;
 
 /// How a gradient becomes an update.
@@ -17,23 +19,108 @@ pub enum OptimizerKind {
     Sgd,
 }
 
+/// How moments are held.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum MomentKind {
+    /// Eight bytes a trained number.
+    #[default]
+    F32,
+    /// Two bytes a trained number: 8-bit codes with a scale a block (Dettmers et al. 2022, arXiv 2110.02861).
+    Int8,
+}
+
 /// Moments of every trainable number, laid out as the gradient buffer.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Default)]
+pub enum Moments {
+    /// None yet: zero, or a rule without moments.
+    #[default]
+    None,
+    /// First and second moments.
+    F32 {
+        /// First.
+        m: Vec<f32>,
+        /// Second.
+        v: Vec<f32>,
+    },
+    /// Codes as of [`adamw8`]; blocks start anew with every run of trained rows.
+    Int8 {
+        /// Codes of the first.
+        m: Vec<u8>,
+        /// Codes of the second.
+        v: Vec<u8>,
+        /// Two scales a block.
+        scales: Vec<f32>,
+    },
+}
+
+impl Moments {
+    /// Zero moments of what trains in `arena`.
+    fn zeros(arena: &Arena, config: &OptimizerConfig) -> Self {
+        let len = arena.trainable_len();
+        match (config.kind, config.state) {
+            (OptimizerKind::Sgd, _) => Self::None,
+            (_, MomentKind::F32) => Self::F32 { m: vec![0.0; len], v: vec![0.0; len] },
+            (_, MomentKind::Int8) => {
+                Self::Int8 { m: vec![0; len], v: vec![0; len], scales: vec![0.0; scale_count(arena)] }
+            }
+        }
+    }
+
+    /// Bytes that the moments of what trains in `arena` will take.
+    pub fn planned_bytes(arena: &Arena, config: &OptimizerConfig) -> usize {
+        match (config.kind, config.state) {
+            (OptimizerKind::Sgd, _) => 0,
+            (_, MomentKind::F32) => 8 * arena.trainable_len(),
+            (_, MomentKind::Int8) => 2 * arena.trainable_len() + 4 * scale_count(arena),
+        }
+    }
+
+    /// What a checkpoint keeps, by name.
+    pub fn buffers(&self) -> Vec<(&'static str, Values<'_>)> {
+        match self {
+            Self::None => Vec::new(),
+            Self::F32 { m, v } => vec![("adam_m", m[..].into()), ("adam_v", v[..].into())],
+            Self::Int8 { m, v, scales } => {
+                vec![("adam_m", m[..].into()), ("adam_v", v[..].into()), ("adam_scales", scales[..].into())]
+            }
+        }
+    }
+
+    /// The inverse of [`Moments::buffers`] for what trains in `arena`.
+    ///
+    /// # Errors
+    /// Buffers of another length or kind.
+    pub fn restore(buffers: &mut Buffers, arena: &Arena, config: &OptimizerConfig) -> Result<Self> {
+        let len = arena.trainable_len();
+        if config.kind == OptimizerKind::Sgd || !buffers.has("adam_m") {
+            return Ok(Self::None);
+        }
+        Ok(match config.state {
+            MomentKind::F32 => Self::F32 { m: buffers.take("adam_m", len)?, v: buffers.take("adam_v", len)? },
+            MomentKind::Int8 => Self::Int8 {
+                m: buffers.take_codes("adam_m", len)?,
+                v: buffers.take_codes("adam_v", len)?,
+                scales: buffers.take("adam_scales", scale_count(arena))?,
+            },
+        })
+    }
+}
+
+fn scale_count(arena: &Arena) -> usize {
+    2 * arena.trained_runs().map(|run| run.len().div_ceil(MOMENT_BLOCK)).sum::<usize>()
+}
+
+/// The optimizer's memory of a stage.
+#[derive(Debug, Clone, PartialEq, Default)]
 pub struct AdamW {
-    /// First moments.
-    pub m: Vec<f32>,
-    /// Second moments.
-    pub v: Vec<f32>,
+    /// Made at the first update.
+    pub moments: Moments,
     /// Updates done.
     pub updates: u64,
 }
 
 impl AdamW {
-    /// Zero moments for `len` numbers.
-    pub fn new(len: usize) -> Self {
-        Self { m: vec![0.0; len], v: vec![0.0; len], updates: 0 }
-    }
-
     /// One update of `arena` from `grads`, scaled down to `config.max_grad_norm` where that is positive.
     /// Matrices decay, vectors (norms, biases) do not. Returns the gradient's norm before scaling.
     pub fn step(
@@ -49,6 +136,10 @@ impl AdamW {
         let clip =
             if config.max_grad_norm > 0.0 { (config.max_grad_norm / (norm + 1e-6)).min(1.0) } else { 1.0 };
         self.updates += 1;
+        if matches!(self.moments, Moments::None) {
+            self.moments = Moments::zeros(arena, config);
+        }
+        let mut scales_from = 0;
         let frozen = arena.frozen_beside_trained();
         for (weights, range, decays) in arena.trainable_mut() {
             if config.kind == OptimizerKind::Sgd {
@@ -65,8 +156,19 @@ impl AdamW {
                 step: self.updates,
                 grad_scale: clip as f32,
             };
-            let (m, v) = (&mut self.m[range.clone()], &mut self.v[range.clone()]);
-            adamw(pool, weights, &grads[range], m, v, &step);
+            let grads = &grads[range.clone()];
+            match &mut self.moments {
+                Moments::F32 { m, v } => {
+                    adamw(pool, weights, grads, &mut m[range.clone()], &mut v[range], &step);
+                }
+                Moments::Int8 { m, v, scales } => {
+                    let scales = &mut scales[scales_from..][..2 * range.len().div_ceil(MOMENT_BLOCK)];
+                    scales_from += scales.len();
+                    let moments = MomentCodes { m: &mut m[range.clone()], v: &mut v[range], scales };
+                    adamw8(pool, weights, grads, moments, &step);
+                }
+                Moments::None => unreachable!("made above for every rule but the plain one"),
+            }
         }
         arena.put_back(&frozen);
         arena.refresh(pool);

@@ -45,24 +45,24 @@ pub struct Learner {
 impl Learner {
     /// A learner whose micro-batches hold at most `max_rows` rows.
     pub fn new(policy: &Policy, max_rows: usize) -> Self {
-        Self {
-            trainer: Trainer::default(),
-            grads: policy.new_grads(),
-            adam: AdamW::new(policy.trainable().trainable_len()),
-            max_rows,
-        }
+        Self { trainer: Trainer::default(), grads: policy.new_grads(), adam: AdamW::default(), max_rows }
+    }
+
+    /// Makes the activations of the first `layers` layers again in the backward pass instead of keeping them.
+    pub fn recompute(mut self, layers: usize) -> Self {
+        self.trainer.recompute = layers;
+        self
     }
 
     /// Forgets the optimizer's moments and takes over what trains now, for a new stage.
     pub fn begin_stage(&mut self, policy: &Policy) {
-        let len = policy.trainable().trainable_len();
-        if self.adam.m.len() != len {
-            // the old buffers go before the new ones come
+        self.adam = AdamW::default();
+        let grads = if policy.adapter.is_some() { &self.grads.adapter } else { &self.grads.base };
+        if grads.len() != policy.trainable().trainable_len() {
+            // the old buffer goes before the new one comes
             self.grads = Grads::default();
-            self.adam = AdamW::new(0);
             self.grads = policy.new_grads();
         }
-        self.adam = AdamW::new(len);
     }
 
     /// Logprobs and entropies of every completion token under `weights`, without gradients; in target order.

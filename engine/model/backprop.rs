@@ -13,7 +13,7 @@ use rft_kernels::{
 };
 
 use crate::config::Precision;
-use crate::model::decoder::{Attend, LayerActs, LayerScratch, layer_forward};
+use crate::model::decoder::{Attend, LayerActs, LayerScratch, layer_again, layer_forward};
 use crate::model::experts::experts_backward;
 use crate::model::params::SlotId;
 use crate::model::policy::{Grads, Projection, Weights};
@@ -58,7 +58,10 @@ pub struct Scores {
 /// Buffers of a training pass, kept between micro-batches.
 #[derive(Debug, Default)]
 pub struct Trainer {
+    /// Layers, from the first, of which only the input is kept; the backward pass makes their activations again.
+    pub recompute: usize,
     acts: Vec<LayerActs>,
+    inputs: Vec<Vec<f32>>,
     h: Vec<f32>,
     final_normed: Vec<f32>,
     scratch: LayerScratch,
@@ -93,8 +96,8 @@ fn chunk_targets(vocab: usize) -> usize {
     if targets > STEP { targets / STEP * STEP } else { targets }
 }
 
-/// Activation bytes that a training pass keeps for each row.
-pub fn activation_bytes_per_row(w: &Weights) -> usize {
+/// Activation bytes that a training pass takes for each row, with the first `recompute` layers' made again.
+pub fn activation_bytes_per_row(w: &Weights, recompute: usize) -> usize {
     let s = w.spec;
     let q = s.heads * s.head_dim;
     let kv = s.kv_heads * s.head_dim;
@@ -107,30 +110,51 @@ pub fn activation_bytes_per_row(w: &Weights) -> usize {
         (moe.per_token * pair.0 + moe.experts, moe.per_token * pair.1 + moe.experts)
     });
     let ffn = |layer: &LayerSpec| if layer.experts { mixture } else { dense };
-    let kept: usize = s.layer_specs.iter().map(|layer| attention + ffn(layer).0).sum();
+    let recompute = recompute.min(s.layers - 1);
+    let kept: usize = s.layer_specs[recompute..].iter().map(|layer| attention + ffn(layer).0).sum();
     let live = s.layer_specs.iter().map(|layer| ffn(layer).1).max().unwrap_or(0);
-    4 * (kept + live + 8 * s.hidden + 4 * (q + 2 * kv))
+    4 * (kept + recompute * s.hidden + live + 8 * s.hidden + 4 * (q + 2 * kv))
 }
 
 impl Trainer {
     /// Logprobs and entropies of the batch's targets; activations are kept for [`Trainer::backward`].
     pub fn forward(&mut self, pool: &Pool, w: &Weights, batch: &PackedBatch, warp: &Warp) -> Scores {
-        self.run(pool, w, batch, warp, w.spec.layers)
+        let again = self.recomputed(w);
+        self.run(pool, w, batch, warp, again, true)
     }
 
     /// As [`Trainer::forward`], keeping nothing: for reference logprobs.
     pub fn score(&mut self, pool: &Pool, w: &Weights, batch: &PackedBatch, warp: &Warp) -> Scores {
-        self.run(pool, w, batch, warp, 1)
+        self.run(pool, w, batch, warp, w.spec.layers - 1, false)
     }
 
-    /// Runs all layers over `kept` sets of activations: one a layer, or one for all.
-    fn run(&mut self, pool: &Pool, w: &Weights, batch: &PackedBatch, warp: &Warp, kept: usize) -> Scores {
-        self.acts.resize_with(kept, LayerActs::default);
+    /// Layers to make again in the backward pass: the last one's activations are always there.
+    fn recomputed(&self, w: &Weights) -> usize {
+        self.recompute.min(w.spec.layers - 1)
+    }
+
+    /// Runs all layers. The first `passing` share a set of activations, of which at most their `inputs` are kept.
+    fn run(
+        &mut self,
+        pool: &Pool,
+        w: &Weights,
+        batch: &PackedBatch,
+        warp: &Warp,
+        passing: usize,
+        inputs: bool,
+    ) -> Scores {
+        self.acts.resize_with(self.acts.len().max(w.spec.layers - passing), LayerActs::default);
+        if inputs {
+            self.inputs.resize_with(passing, Vec::new);
+        }
         self.scratch.project.drop = batch.update.map(|update| (update, batch.row_keys.clone()));
         w.embed(pool, &batch.tokens, &mut self.h);
         for layer in 0..w.spec.layers {
             let attend = Attend::Segments(&batch.segments);
-            let acts = &mut self.acts[layer.min(kept - 1)];
+            let acts = &mut self.acts[layer.saturating_sub(passing)];
+            if inputs && layer < passing {
+                self.inputs[layer].clone_from(&self.h);
+            }
             layer_forward(pool, w, layer, &batch.positions, attend, &mut self.h, acts, &mut self.scratch);
         }
         self.head_forward(pool, w, batch, warp)
@@ -150,17 +174,14 @@ impl Trainer {
         grads: &mut Grads,
     ) {
         self.head_backward(pool, w, batch, warp, d_logprobs, d_entropies, grads);
+        let again = self.recomputed(w);
         for layer in (w.lowest_trained_layer()..w.spec.layers).rev() {
-            layer_backward(
-                pool,
-                w,
-                layer,
-                batch,
-                &self.acts[layer],
-                &mut self.scratch,
-                &mut self.back,
-                grads,
-            );
+            let (acts, scratch) = (&mut self.acts[layer.saturating_sub(again)], &mut self.scratch);
+            if layer < again {
+                let h = &mut self.inputs[layer];
+                layer_again(pool, w, layer, &batch.positions, &batch.segments, h, acts, scratch);
+            }
+            layer_backward(pool, w, layer, batch, acts, scratch, &mut self.back, grads);
         }
         if w.base.grad_range(w.slots.embed).is_some() {
             let scale = w.spec.embed_scale;

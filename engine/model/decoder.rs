@@ -110,6 +110,60 @@ pub(super) fn layer_forward(
     acts: &mut LayerActs,
     s: &mut LayerScratch,
 ) {
+    layer_activations(pool, w, layer, positions, attend, h, acts, s);
+    let slots = &w.slots.layers[layer];
+    let (m, hidden) = (positions.len(), w.spec.hidden);
+    if slots.experts.is_none() {
+        down(pool, w, layer, m, acts, s);
+    }
+    if let Some(norm) = slots.post_mlp_norm {
+        w.norm(pool, norm, &acts.down, &mut s.delta);
+    }
+    add_columns(pool, h, hidden, 0, &s.delta, m, hidden, 1.0);
+}
+
+/// The dense feed-forward's output, from gate and up to `s.delta`; kept where a sandwich norm follows.
+fn down(pool: &Pool, w: &Weights, layer: usize, m: usize, acts: &mut LayerActs, s: &mut LayerScratch) {
+    s.act.resize(m * w.spec.ffn, 0.0);
+    glu(pool, &acts.gate_up, m, w.spec.ffn, w.act(), &mut s.act);
+    w.project(pool, layer, Projection::Down, &s.act, &mut s.delta, &mut s.project);
+    if w.slots.layers[layer].post_mlp_norm.is_some() {
+        acts.down.clone_from(&s.delta);
+    }
+}
+
+/// Makes a layer's activations again from the residual stream at its input, which becomes that after attention: the same
+/// kernels in the same order, so the same bits. What no backward pass reads is left out.
+#[allow(clippy::too_many_arguments)]
+pub(super) fn layer_again(
+    pool: &Pool,
+    w: &Weights,
+    layer: usize,
+    positions: &[u32],
+    segments: &[Segment],
+    h: &mut [f32],
+    acts: &mut LayerActs,
+    s: &mut LayerScratch,
+) {
+    layer_activations(pool, w, layer, positions, Attend::Segments(segments), h, acts, s);
+    let slots = &w.slots.layers[layer];
+    if slots.post_mlp_norm.is_some() && slots.experts.is_none() {
+        down(pool, w, layer, positions.len(), acts, s);
+    }
+}
+
+/// A layer up to gate and up; a mixture up to its output, in `s.delta`.
+#[allow(clippy::too_many_arguments)]
+fn layer_activations(
+    pool: &Pool,
+    w: &Weights,
+    layer: usize,
+    positions: &[u32],
+    attend: Attend,
+    h: &mut [f32],
+    acts: &mut LayerActs,
+    s: &mut LayerScratch,
+) {
     let slots = &w.slots.layers[layer];
     let shape = w.attention(layer);
     let (m, hidden) = (positions.len(), w.spec.hidden);
@@ -149,17 +203,12 @@ pub(super) fn layer_forward(
         let (routing, gate_up) = (&mut acts.routing, &mut acts.gate_up);
         let (act, y) = (&mut s.act, &mut s.delta);
         experts_forward(pool, w, experts, moe, &s.x, routing, gate_up, act, y, &mut s.experts);
+        if slots.post_mlp_norm.is_some() {
+            copy(&s.delta, &mut acts.down);
+        }
     } else {
         w.project(pool, layer, Projection::GateUp, &s.x, &mut acts.gate_up, &mut s.project);
-        s.act.resize(m * w.spec.ffn, 0.0);
-        glu(pool, &acts.gate_up, m, w.spec.ffn, w.act(), &mut s.act);
-        w.project(pool, layer, Projection::Down, &s.act, &mut s.delta, &mut s.project);
     }
-    if let Some(norm) = slots.post_mlp_norm {
-        copy(&s.delta, &mut acts.down);
-        w.norm(pool, norm, &acts.down, &mut s.delta);
-    }
-    add_columns(pool, h, hidden, 0, &s.delta, m, hidden, 1.0);
 }
 
 /// Runs a policy over a paged KV cache, for rollouts.

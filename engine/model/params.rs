@@ -442,18 +442,26 @@ impl Arena {
         &mut self.data
     }
 
+    /// Where the gradients of each run of trained rows lie, in order.
+    pub fn trained_runs(&self) -> impl Iterator<Item = Range<usize>> + '_ {
+        self.slots.iter().flat_map(|slot| slot.trained.iter().map(|run| run.grad.clone()))
+    }
+
+    /// As [`Arena::trainable_values`], where they lie.
+    pub fn trainable_parts(&self) -> Vec<&[f32]> {
+        if self.trainable_len == self.data.len() {
+            return vec![&self.data];
+        }
+        let runs = self.slots.iter().flat_map(|slot| slot.trained.iter().map(move |run| (slot, run)));
+        runs.map(|(slot, run)| &self.data[slot.stored(&run.span)]).collect()
+    }
+
     /// The trainable slots' values, in slot order, as the optimizer and the checkpoints lay them out.
     pub fn trainable_values(&self) -> Cow<'_, [f32]> {
         if self.trainable_len == self.data.len() {
             return Cow::Borrowed(&self.data);
         }
-        let mut out = Vec::with_capacity(self.trainable_len);
-        for slot in &self.slots {
-            for run in &slot.trained {
-                out.extend_from_slice(&self.data[slot.stored(&run.span)]);
-            }
-        }
-        Cow::Owned(out)
+        Cow::Owned(self.trainable_parts().concat())
     }
 
     /// The inverse of [`Arena::trainable_values`].

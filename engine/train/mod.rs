@@ -179,7 +179,7 @@ impl Run {
     /// [`EngineError::Interrupted`] when `stop` is set: the step in progress is finished and saved first.
     pub fn train(mut self, root: &Path, resume: bool, stop: &AtomicBool) -> Result<Summary> {
         let checkpoints = root.join("checkpoints");
-        let mut learner = Learner::new(&self.policy, self.plan.max_rows);
+        let mut learner = Learner::new(&self.policy, self.plan.max_rows).recompute(self.plan.recompute);
         let mut folder = if resume {
             self.restore(&checkpoints, &mut learner)?;
             match self.position() {

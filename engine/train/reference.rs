@@ -3,18 +3,17 @@
 //! With an adapter only the adapter is copied. `initial` and `base` never change once taken and are written once, as
 //! `checkpoints/reference`; the other kinds are a buffer of every checkpoint, so a resumed run has the very same one.
 
-use std::borrow::Cow;
 use std::path::Path;
 
 use rft_kernels::{Pool, Warp};
 use serde::{Deserialize, Serialize};
 
-use super::saved::{put_back, take_buffer};
+use super::saved::{put_back, total};
 use super::{Run, State};
 use crate::config::{Recipe, ReferenceConfig};
 use crate::error::Result;
 use crate::learner::batch::GroupTokens;
-use crate::learner::checkpoint::{self, Buffers};
+use crate::learner::checkpoint::{self, Buffers, Values};
 use crate::learner::step::Learner;
 use crate::model::lora::Adapter;
 use crate::model::params::Arena;
@@ -124,7 +123,7 @@ impl Run {
         };
         let reference = if off { Reference::AdapterOff } else { Reference::of(&self.policy) };
         if let (Some(arena), true) = (reference.arena(), config.is_fixed()) {
-            checkpoint::write(checkpoints, FOLDER, &(), &[("weights", &self.kept(arena))])?;
+            checkpoint::write(checkpoints, FOLDER, &(), &[("weights", self.kept(arena).into())])?;
         }
         self.state.reference = Some(ReferenceState { copied: !off, age: 0 });
         self.reference = Some(reference);
@@ -149,8 +148,13 @@ impl Run {
             _ => 0.0,
         };
         if decay == 0.0 {
-            // the sum would round
-            *reference = Reference::of(&self.policy);
+            // the sum would round; the copy is written over, as a second one would double it for a moment
+            if let Some(arena) = reference.arena_mut() {
+                arena.stored_values_mut().copy_from_slice(self.policy.trainable().stored_values());
+                arena.refresh(&self.pool);
+            } else {
+                *reference = Reference::of(&self.policy);
+            }
         } else {
             reference.average(&self.pool, &self.policy, decay);
         }
@@ -168,9 +172,9 @@ impl Run {
     }
 
     /// The buffer of a checkpoint: a reference that changes during a run.
-    pub(super) fn reference_buffer(&self) -> Option<(&'static str, Cow<'_, [f32]>)> {
+    pub(super) fn reference_buffer(&self) -> Option<(&'static str, Values<'_>)> {
         let arena = self.reference.as_ref()?.arena()?;
-        (!self.recipe.algorithm.reference.is_fixed()).then(|| (BUFFER, self.kept(arena)))
+        (!self.recipe.algorithm.reference.is_fixed()).then(|| (BUFFER, self.kept(arena).into()))
     }
 
     /// Takes the reference of a checkpoint back.
@@ -186,12 +190,12 @@ impl Run {
             Some(_) => {
                 let mut reference = Reference::of(&self.policy);
                 let arena = reference.arena_mut().expect("a copy has an arena");
-                let len = self.kept(arena).len();
+                let len = total(&self.kept(arena));
                 let weights = if self.recipe.algorithm.reference.is_fixed() {
                     let (_, mut fixed) = checkpoint::read::<()>(checkpoints, FOLDER)?;
-                    take_buffer(&mut fixed, checkpoints, "weights", len)?
+                    fixed.take("weights", len)?
                 } else {
-                    take_buffer(buffers, checkpoints, BUFFER, len)?
+                    buffers.take(BUFFER, len)?
                 };
                 put_back(&self.recipe, arena, &weights);
                 arena.refresh(&self.pool);

@@ -1,11 +1,11 @@
 //! What a run leaves on disk and goes on from: checkpoints, the reference policy, exported models.
-use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
 use super::{Run, State};
 use crate::config::Recipe;
 use crate::error::{EngineError, Result};
-use crate::learner::checkpoint::{self, Buffers};
+use crate::learner::checkpoint;
+use crate::learner::optimizer::Moments;
 use crate::learner::step::Learner;
 use crate::model::export::write_hf_folder;
 use crate::model::params::Arena;
@@ -70,17 +70,15 @@ impl Run {
     ) -> Result<PathBuf> {
         self.state.version = self.policy.version.0;
         self.state.updates = learner.adam.updates;
-        let weights = self.kept(self.policy.trainable());
-        let mut buffers =
-            vec![("weights", &weights[..]), ("adam_m", &learner.adam.m), ("adam_v", &learner.adam.v)];
-        let reference = self.reference_buffer();
-        buffers.extend(reference.iter().map(|(name, values)| (*name, &values[..])));
+        let mut buffers = vec![("weights", self.kept(self.policy.trainable()).into())];
+        buffers.extend(learner.adam.moments.buffers());
+        buffers.extend(self.reference_buffer());
         checkpoint::save(checkpoints, self.position(), &self.state, &buffers, keep)
     }
 
     /// What a checkpoint keeps of the weights: those that train, or all of them where stages train different ones.
-    pub(super) fn kept<'a>(&self, arena: &'a Arena) -> Cow<'a, [f32]> {
-        if self.recipe.model.half { Cow::Borrowed(arena.stored_values()) } else { arena.trainable_values() }
+    pub(super) fn kept<'a>(&self, arena: &'a Arena) -> Vec<&'a [f32]> {
+        if self.recipe.model.half { vec![arena.stored_values()] } else { arena.trainable_parts() }
     }
 
     /// Steps of all stages so far: the checkpoint's number.
@@ -105,12 +103,11 @@ impl Run {
         let stage = if state.step_in_stage == 0 { state.stage.saturating_sub(1) } else { state.stage };
         self.policy.choose_trained(&self.recipe.model, self.recipe.seed, stage)?;
         learner.begin_stage(&self.policy);
-        let mut take = |name: &str, len: usize| take_buffer(&mut buffers, checkpoints, name, len);
-        let len = self.policy.trainable().trainable_len();
-        let kept = self.kept(self.policy.trainable()).len();
-        put_back(&self.recipe, self.policy.trainable_mut(), &take("weights", kept)?);
+        let kept = total(&self.kept(self.policy.trainable()));
+        put_back(&self.recipe, self.policy.trainable_mut(), &buffers.take("weights", kept)?);
         self.policy.trainable_mut().refresh(&self.pool);
-        (learner.adam.m, learner.adam.v) = (take("adam_m", len)?, take("adam_v", len)?);
+        learner.adam.moments =
+            Moments::restore(&mut buffers, self.policy.trainable(), &self.recipe.optimizer)?;
         learner.adam.updates = state.updates;
         self.policy.version.0 = state.version;
         self.restore_reference(checkpoints, &state, &mut buffers)?;
@@ -131,12 +128,7 @@ pub(super) fn put_back(recipe: &Recipe, arena: &mut Arena, weights: &[f32]) {
     }
 }
 
-pub(super) fn take_buffer(buffers: &mut Buffers, root: &Path, name: &str, len: usize) -> Result<Vec<f32>> {
-    let found = buffers.remove(name).unwrap_or_default();
-    match found.len() == len {
-        true => Ok(found),
-        false => {
-            Err(EngineError::malformed(root, name, format!("{len} numbers expected, {} found", found.len())))
-        }
-    }
+/// Numbers of all parts.
+pub(super) fn total(parts: &[&[f32]]) -> usize {
+    parts.iter().map(|part| part.len()).sum()
 }

@@ -1,0 +1,170 @@
+//! What saves memory changes nothing else: activations made again, moments in 8 bits, no moments at all.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use rft_engine::config::{NewModelConfig, OptimizerConfig, Precision};
+use rft_engine::learner::batch::GroupTokens;
+use rft_engine::learner::optimizer::{MomentKind, Moments, OptimizerKind};
+use rft_engine::learner::step::{Learner, ScoreGrads};
+use rft_engine::model::policy::{Policy, new_model_spec};
+use rft_kernels::{Pool, Warp};
+
+const RECIPE: &str = r#"
+name = "test"
+[model.new]
+hidden = 64
+layers = 3
+heads = 2
+kv_heads = 1
+head_dim = 32
+ffn = 128
+[data]
+heldout = 8
+arithmetic = { max_operand = 9, problems = 60, demo_noise = 0.3 }
+[[reward]]
+script = "math"
+[rollout]
+prompts_per_step = 4
+group_size = 4
+max_new_tokens = 16
+[algorithm.objective.kl]
+coefficient = 0.01
+[optimizer]
+lr = 1e-3
+[train]
+steps = 4
+checkpoint_every = 1
+[[stage]]
+kind = "sft"
+steps = 20
+lr = 3e-3
+batch = 16
+[[stage]]
+kind = "grpo"
+"#;
+
+fn program(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_rft-engine")).args(args).output().expect("the program starts")
+}
+
+struct Folder(tempfile::TempDir);
+
+impl Folder {
+    fn new() -> Self {
+        let folder = Self(tempfile::tempdir().unwrap());
+        std::fs::write(folder.at("recipe.toml"), RECIPE).unwrap();
+        folder
+    }
+
+    fn at(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    /// Runs the recipe and gives its folder.
+    fn launch(&self, run: &str, sets: &[&str]) -> PathBuf {
+        let (recipe, root) = (self.at("recipe.toml"), self.at(run));
+        let mut args = vec!["launch", recipe.to_str().unwrap(), "--run-dir", root.to_str().unwrap()];
+        sets.iter().for_each(|set| args.extend(["--set", set]));
+        let output = program(&args);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        root
+    }
+}
+
+fn weights(run: &Path) -> Vec<u8> {
+    std::fs::read(run.join("final/model.safetensors")).unwrap()
+}
+
+#[test]
+fn a_run_that_makes_activations_again_ends_with_the_same_bytes() {
+    let folder = Folder::new();
+    let kept = folder.launch("kept", &["train.recompute=off"]);
+    let again = folder.launch("again", &["train.recompute=on"]);
+    assert_eq!(weights(&kept), weights(&again));
+}
+
+#[test]
+fn a_run_with_moments_in_8_bits_resumes_to_the_same_bytes() {
+    let folder = Folder::new();
+    let whole = folder.launch("whole", &["optimizer.state=int8"]);
+    assert_ne!(weights(&whole), weights(&folder.launch("f32", &[])));
+    let run = folder.launch("cut", &["optimizer.state=int8"]);
+    // the newest checkpoint is that of the end; without it the run goes on from the step before
+    let mut checkpoints: Vec<PathBuf> =
+        std::fs::read_dir(run.join("checkpoints")).unwrap().map(|entry| entry.unwrap().path()).collect();
+    checkpoints.retain(|path| path.file_name().unwrap().to_string_lossy().starts_with("step-"));
+    checkpoints.sort();
+    let bytes = |name: &str| std::fs::metadata(checkpoints[0].join(name)).unwrap().len();
+    assert_eq!(
+        (bytes("adam_m.u8") * 4, bytes("adam_v.u8") * 4),
+        (bytes("weights.f32"), bytes("weights.f32"))
+    );
+    std::fs::remove_dir_all(checkpoints.last().unwrap()).unwrap();
+    std::fs::remove_dir_all(run.join("final")).unwrap();
+    let resumed = program(&["launch", "--run-dir", run.to_str().unwrap(), "--resume"]);
+    assert!(resumed.status.success(), "{}", String::from_utf8_lossy(&resumed.stderr));
+    assert!(String::from_utf8_lossy(&resumed.stderr).contains("resuming after 23 steps"));
+    assert_eq!(weights(&whole), weights(&run));
+}
+
+/// Loss after each of some updates that fit a few sequences.
+fn losses(optimizer: &OptimizerConfig) -> (Vec<f64>, Learner, Policy) {
+    let pool = Pool::new(2);
+    let shape = NewModelConfig { hidden: 32, layers: 2, heads: 2, kv_heads: 1, head_dim: 16, ffn: 64 };
+    let mut policy = Policy::init(new_model_spec(&shape, 50, 1, 32).unwrap(), 3);
+    policy.prepare(&pool, 32, Precision::F32);
+    let mut learner = Learner::new(&policy, 64);
+    let groups = [
+        GroupTokens { prompt: &[3, 7, 11, 2, 9], completions: vec![&[4, 5, 6, 8], &[4, 5, 6, 1]] },
+        GroupTokens { prompt: &[12, 40], completions: vec![&[10, 11, 30, 1]] },
+    ];
+    let warp = Warp { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0 };
+    let mut losses = Vec::new();
+    for _ in 0..40 {
+        let mut loss = 0.0;
+        let nll = |_: &[_], scores: &rft_engine::model::backprop::Scores| {
+            loss -= scores.logprobs.iter().map(|&l| f64::from(l)).sum::<f64>() / 12.0;
+            Ok(ScoreGrads {
+                logprobs: vec![-1.0 / 12.0; scores.logprobs.len()],
+                entropies: vec![0.0; scores.logprobs.len()],
+            })
+        };
+        learner.update(&pool, &mut policy, &groups, &warp, optimizer, optimizer.lr, nll).unwrap();
+        losses.push(loss);
+    }
+    (losses, learner, policy)
+}
+
+#[test]
+fn moments_in_8_bits_fit_as_well_and_take_a_quarter() {
+    let config = OptimizerConfig { lr: 3e-3, ..OptimizerConfig::default() };
+    let (wide, wide_learner, _) = losses(&config);
+    let config = OptimizerConfig { state: MomentKind::Int8, ..config };
+    let (narrow, narrow_learner, policy) = losses(&config);
+    let (first, last) = (wide[0], wide[39]);
+    assert!(last < 0.2 * first, "f32 moments fit: {first} to {last}");
+    for (step, (a, b)) in wide.iter().zip(&narrow).enumerate() {
+        assert!((a - b).abs() < 0.05 * first, "update {step}: a loss of {b} instead of {a}");
+    }
+    let bytes = |learner: &Learner| match &learner.adam.moments {
+        Moments::None => 0,
+        Moments::F32 { m, v } => 4 * (m.len() + v.len()),
+        Moments::Int8 { m, v, scales } => m.len() + v.len() + 4 * scales.len(),
+    };
+    let (wide, narrow) = (bytes(&wide_learner), bytes(&narrow_learner));
+    assert_eq!(narrow, Moments::planned_bytes(policy.trainable(), &config));
+    assert!(
+        wide == 8 * policy.trainable().trainable_len() && narrow * 100 < 26 * wide,
+        "{narrow} of {wide} bytes"
+    );
+}
+
+#[test]
+fn plain_gradient_descent_holds_no_moments() {
+    let config = OptimizerConfig { kind: OptimizerKind::Sgd, lr: 0.1, ..OptimizerConfig::default() };
+    let (losses, learner, policy) = losses(&config);
+    assert!(losses[39] < losses[0]);
+    assert_eq!(learner.adam.moments, Moments::None);
+    assert_eq!(Moments::planned_bytes(policy.trainable(), &config), 0);
+}
