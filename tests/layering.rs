@@ -13,7 +13,7 @@ const MAY_KNOW: [(&str, &[&str]); 13] = [
     ("config", &["advantage", "data", "error", "learner", "loss"]),
     ("data", &["error", "rng", "types"]),
     ("model", &["config", "data", "error", "rng", "rollout", "types", "rft_kernels"]),
-    ("memory", &["config", "error", "model", "rollout", "rft_kernels"]),
+    ("memory", &["config", "error", "learner", "model", "rollout", "rft_kernels"]),
     ("rollout", &["data", "error", "rng", "types", "rft_kernels"]),
     ("reward", &["config", "data", "error", "types", "rft_rewards"]),
     ("advantage", &[]),
