@@ -510,6 +510,7 @@ fn reward_config(script: &str) -> RewardConfig {
         on_error: Default::default(),
         error_score: 0.0,
         options: Map::new(),
+        tasks: Vec::new(),
     }
 }
 

@@ -12,7 +12,7 @@ use crate::error::{EngineError, Result};
 use crate::types::Group;
 
 /// A group with what its verifiers said.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct ScoredGroup {
     /// The completions.
     pub group: Group,
@@ -55,6 +55,7 @@ impl Scorer {
                         OnErrorConfig::Score => OnError::Score(r.error_score),
                     },
                     options: r.options.clone(),
+                    tasks: r.tasks.clone(),
                     ..RewardSpec::new(
                         rft_rewards::resolve(&r.script).map_err(|e| EngineError::Reward(e.to_string()))?,
                     )
@@ -105,6 +106,7 @@ impl Scoring<'_> {
             .enumerate()
             .map(|(i, c)| Sample {
                 id: group.prompt.id.clone(),
+                task: group.prompt.task.to_string(),
                 sample: i as u32,
                 completion: c.text.clone(),
                 prompt: group.prompt.text.clone(),
@@ -179,7 +181,7 @@ impl Scorer {
         for (i, row) in rows.iter().enumerate() {
             let sample = stored_sample(i, row).map_err(|message| (i, message))?;
             let number = row.get("sample").and_then(Value::as_u64);
-            let group = number.map(|_| (row.get("id").cloned(), row.get("step").cloned()));
+            let group = number.map(|_| ["task", "id", "step"].map(|key| row.get(key).cloned()));
             match groups.last_mut() {
                 Some(samples) if group.is_some() && group == last => samples.push(sample),
                 _ => groups.push(vec![sample]),
@@ -209,6 +211,7 @@ pub fn stored_sample(index: usize, row: &Row) -> std::result::Result<Sample, Str
     let id = row.get("id").map(|id| id.as_str().map_or_else(|| id.to_string(), str::to_string));
     Ok(Sample {
         id: id.unwrap_or_else(|| index.to_string()),
+        task: text("task").unwrap_or_default(),
         sample: row.get("sample").and_then(Value::as_u64).unwrap_or(0) as u32,
         completion,
         prompt: text("prompt").unwrap_or_default(),
@@ -234,7 +237,7 @@ pub struct ErrorCount {
 }
 
 /// Failed calls by script and reason, in order of first appearance.
-pub fn error_counts(groups: &[ScoredGroup]) -> Vec<ErrorCount> {
+pub fn error_counts<'a>(groups: impl IntoIterator<Item = &'a ScoredGroup>) -> Vec<ErrorCount> {
     let mut counts: Vec<ErrorCount> = Vec::new();
     for scored in groups {
         for (sample, error) in
@@ -257,9 +260,9 @@ pub fn error_counts(groups: &[ScoredGroup]) -> Vec<ErrorCount> {
 
 /// Mean of each component over the completions that have it, in order of first appearance; a component that all
 /// abstained from has no mean and is left out.
-pub fn component_means(groups: &[ScoredGroup]) -> Vec<(String, f64)> {
+pub fn component_means<'a>(groups: impl IntoIterator<Item = &'a ScoredGroup>) -> Vec<(String, f64)> {
     let mut sums: Vec<(String, f64, usize)> = Vec::new();
-    for (name, value) in groups.iter().flat_map(|g| &g.outcomes).flat_map(|o| &o.components) {
+    for (name, value) in groups.into_iter().flat_map(|g| &g.outcomes).flat_map(|o| &o.components) {
         let at = sums.iter().position(|(n, ..)| n == name).unwrap_or_else(|| {
             sums.push((name.clone(), 0.0, 0));
             sums.len() - 1

@@ -27,6 +27,8 @@ pub enum Purpose {
     Dropout = 5,
     /// Which half of a layer rests, keyed (stage, layer, family).
     Freeze = 6,
+    /// Chances of rows and past groups, keyed (task, position) or (step).
+    Curriculum = 7,
 }
 
 fn mix(mut z: u64) -> u64 {

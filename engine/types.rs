@@ -23,6 +23,8 @@ pub struct Prompt {
     pub text: String,
     /// Token ids of `text`.
     pub tokens: Vec<TokenId>,
+    /// Name of the task that the row belongs to; empty where the recipe names none.
+    pub task: Arc<str>,
     /// Every field of the row, as the reward scripts see them.
     pub fields: Arc<Map<String, Value>>,
 }

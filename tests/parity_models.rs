@@ -110,6 +110,7 @@ fn greedy(
         id: "p".into(),
         text: String::new(),
         tokens: tokens.to_vec(),
+        task: Arc::default(),
         fields: Arc::default(),
     };
     let sampling = SamplingConfig {

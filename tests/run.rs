@@ -1,10 +1,13 @@
 //! Whole runs of the program: learning, determinism, resumption, refusals.
 
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+#[path = "support/runs.rs"]
+mod runs;
 
-use rft_engine::report::metrics::TIMING_KEYS;
-use serde_json::{Map, Value};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use runs::{Folder, lines, program, stderr, timeless_metrics, weights};
+use serde_json::Value;
 
 /// A short run: a small model, a warm-up, a few steps, a checkpoint every other one.
 const RECIPE: &str = r#"
@@ -49,54 +52,9 @@ batch = 16
 kind = "grpo"
 "#;
 
-fn program(args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_rft-engine")).args(args).output().expect("the program starts")
-}
-
-fn stderr(output: &Output) -> String {
-    String::from_utf8_lossy(&output.stderr).into_owned()
-}
-
-struct Folder(tempfile::TempDir);
-
-impl Folder {
-    fn new() -> Self {
-        let folder = Self(tempfile::tempdir().unwrap());
-        std::fs::write(folder.at("recipe.toml"), RECIPE).unwrap();
-        folder
-    }
-
-    fn at(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
-    }
-
-    fn launch(&self, run: &str, sets: &[&str]) -> Output {
-        let (recipe, run) = (self.at("recipe.toml"), self.at(run));
-        let mut args = vec!["launch", recipe.to_str().unwrap(), "--run-dir", run.to_str().unwrap()];
-        sets.iter().for_each(|set| args.extend(["--set", set]));
-        program(&args)
-    }
-}
-
-fn lines(path: &Path) -> Vec<Map<String, Value>> {
-    let text = std::fs::read_to_string(path).unwrap();
-    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
-}
-
-/// metrics.jsonl without what depends on the machine and the moment.
-fn timeless_metrics(run: &Path) -> Vec<Map<String, Value>> {
-    let mut rows = lines(&run.join("metrics.jsonl"));
-    rows.iter_mut().for_each(|row| row.retain(|key, _| !TIMING_KEYS.contains(&key.as_str())));
-    rows
-}
-
-fn weights(run: &Path) -> Vec<u8> {
-    std::fs::read(run.join("final/model.safetensors")).unwrap()
-}
-
 #[test]
 fn equal_seeds_give_equal_bytes_on_one_thread_and_on_two() {
-    let folder = Folder::new();
+    let folder = Folder::new(RECIPE);
     let one = folder.launch("one", &["devices.threads=1"]);
     assert!(one.status.success(), "{}", stderr(&one));
     let two = folder.launch("two", &["devices.threads=2"]);
@@ -119,7 +77,7 @@ fn equal_seeds_give_equal_bytes_on_one_thread_and_on_two() {
 
 #[test]
 fn a_run_cut_off_anywhere_resumes_to_the_same_bytes() {
-    let folder = Folder::new();
+    let folder = Folder::new(RECIPE);
     let whole = folder.launch("whole", &[]);
     assert!(whole.status.success(), "{}", stderr(&whole));
     let copy = |from: &Path, to: &Path| {
@@ -154,7 +112,7 @@ fn a_run_cut_off_anywhere_resumes_to_the_same_bytes() {
 #[cfg(unix)]
 #[test]
 fn a_killed_run_resumes_to_the_same_bytes() {
-    let folder = Folder::new();
+    let folder = Folder::new(RECIPE);
     let whole = folder.launch("whole", &[]);
     assert!(whole.status.success(), "{}", stderr(&whole));
     let run = folder.at("killed");
@@ -180,7 +138,7 @@ fn a_killed_run_resumes_to_the_same_bytes() {
 
 #[test]
 fn the_default_recipe_raises_the_held_out_reward_early() {
-    let folder = Folder::new();
+    let folder = Folder::new(RECIPE);
     let root = folder.at("learns");
     // a fifth of the recipe's steps: from about 0.5 to about 0.9 in the recorded runs of five seeds
     let run = program(&["launch", "--run-dir", root.to_str().unwrap(), "--set", "train.steps=32"]);
@@ -196,7 +154,7 @@ fn the_default_recipe_raises_the_held_out_reward_early() {
 
 #[test]
 fn stored_rewards_are_reproduced_by_score_and_logprobs_by_logprobs() {
-    let folder = Folder::new();
+    let folder = Folder::new(RECIPE);
     let run = folder.launch("run", &["train.steps=1"]);
     assert!(run.status.success(), "{}", stderr(&run));
     let samples = folder.at("run/samples.jsonl");
@@ -241,7 +199,7 @@ fn stored_rewards_are_reproduced_by_score_and_logprobs_by_logprobs() {
 
 #[test]
 fn what_cannot_work_is_refused_with_its_place() {
-    let folder = Folder::new();
+    let folder = Folder::new(RECIPE);
     let refuse = |sets: &[&str], words: &[&str]| {
         let output = folder.launch("refused", sets);
         let text = stderr(&output);

@@ -26,6 +26,7 @@ fn script(folder: &Path, name: &str, text: &str) -> RewardConfig {
         on_error: OnErrorConfig::Abstain,
         error_score: 0.0,
         options: serde_json::Map::new(),
+        tasks: Vec::new(),
     }
 }
 

@@ -252,7 +252,14 @@ fn random_tokens(len: usize, vocab: usize, key: u64) -> Vec<TokenId> {
 }
 
 fn prompt(index: usize, tokens: Vec<TokenId>) -> Arc<Prompt> {
-    Arc::new(Prompt { index, id: index.to_string(), text: String::new(), tokens, fields: Arc::default() })
+    Arc::new(Prompt {
+        index,
+        id: index.to_string(),
+        text: String::new(),
+        tokens,
+        task: Arc::default(),
+        fields: Arc::default(),
+    })
 }
 
 /// What trains, in the words of a result.

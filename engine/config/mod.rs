@@ -6,11 +6,13 @@
 mod amft;
 mod reference;
 mod sections;
+mod tasks;
 mod validate;
 
 pub use amft::{AmftConfig, Validation};
 pub use reference::ReferenceConfig;
 pub use sections::*;
+pub use tasks::*;
 
 use std::fmt::Write as _;
 use std::path::Path;
@@ -36,8 +38,12 @@ pub struct Recipe {
     pub seed: u64,
     /// The policy.
     pub model: ModelConfig,
-    /// The prompts.
+    /// The prompts, or what its `[[task]]`s have in common.
+    #[serde(default)]
     pub data: DataConfig,
+    /// Named tasks instead of the one of `[data]`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub task: Vec<TaskConfig>,
     /// Verifiers, summed by weight.
     #[serde(default)]
     pub reward: Vec<RewardConfig>,
@@ -86,14 +92,16 @@ impl Recipe {
     /// As [`Recipe::load`].
     pub fn parse(text: &str, origin: &str, overrides: &[String]) -> Result<Self> {
         let from_file: Self = toml::from_str(text).map_err(|e| located(&e, text, origin))?;
-        let recipe = if overrides.is_empty() && from_file.algorithm.preset.is_none() {
+        let layered =
+            from_file.algorithm.preset.is_some() || from_file.stage.iter().any(|s| s.algorithm.is_some());
+        let recipe = if overrides.is_empty() && !layered {
             from_file
         } else {
             let mut table: Table = text.parse().map_err(|e| located(&e, text, origin))?;
             for item in overrides {
                 apply_override(&mut table, item)?;
             }
-            apply_preset(&mut table)?;
+            lay_algorithms(&mut table)?;
             let merged = toml::to_string(&table).map_err(|e| EngineError::Config(e.to_string()))?;
             let source = match overrides {
                 [] => origin.to_string(),
@@ -114,9 +122,7 @@ impl Recipe {
     /// The stages with their steps filled in.
     pub fn stages(&self) -> Vec<StageConfig> {
         let mut stages = match self.stage.is_empty() {
-            true => {
-                vec![StageConfig { kind: StageKind::Grpo, steps: None, lr: None, batch: None, amft: None }]
-            }
+            true => vec![StageConfig::new(StageKind::Grpo)],
             false => self.stage.clone(),
         };
         for stage in &mut stages {
@@ -129,22 +135,54 @@ impl Recipe {
     }
 }
 
-/// `a.b=value`, where value is TOML and a bare word is a string.
-/// Puts the settings of `algorithm.preset` under those that the recipe states itself.
-fn apply_preset(table: &mut Table) -> Result<()> {
-    let Some(Value::Table(own)) = table.get("algorithm") else { return Ok(()) };
-    let Some(name) = own.get("preset").and_then(Value::as_str) else { return Ok(()) };
-    let Some((objective, advantage)) = presets::preset(name) else {
-        return Err(EngineError::Config(format!(
-            "algorithm.preset: no algorithm is called `{name}`. hint: one of {}",
-            presets::NAMES.join(", ")
-        )));
+/// Lays the recipe's `[algorithm]` over its preset. Where a stage has one of its own, every stage gets one: the recipe's,
+/// with its own preset and settings on top.
+fn lay_algorithms(table: &mut Table) -> Result<()> {
+    let own = match table.get("algorithm") {
+        Some(Value::Table(own)) => own.clone(),
+        None => Table::new(),
+        // what is no table is refused with its type where the recipe is read
+        Some(_) => return Ok(()),
     };
-    let preset = AlgorithmConfig { objective, advantage, ..AlgorithmConfig::default() };
-    let mut merged = Table::try_from(preset).map_err(|e| EngineError::Config(e.to_string()))?;
-    lay_over(&mut merged, own);
-    table.insert("algorithm".into(), Value::Table(merged));
+    let base = over_preset(Table::new(), own, "algorithm")?;
+    if let Some(Value::Array(stages)) = table.get_mut("stage") {
+        let any = stages.iter().any(|s| s.get("algorithm").is_some());
+        for (i, stage) in stages.iter_mut().enumerate().filter(|_| any) {
+            let Value::Table(stage) = stage else { continue };
+            let own = match stage.get("algorithm") {
+                Some(Value::Table(own)) => own.clone(),
+                None => Table::new(),
+                Some(_) => continue,
+            };
+            let laid = over_preset(base.clone(), own, &format!("stage.{i}.algorithm"))?;
+            stage.insert("algorithm".into(), Value::Table(laid));
+        }
+    }
+    table.insert("algorithm".into(), Value::Table(base));
     Ok(())
+}
+
+/// `own` over the settings of the preset that it names, these over `base`.
+fn over_preset(mut base: Table, own: Table, place: &str) -> Result<Table> {
+    if let Some(name) = own.get("preset").and_then(Value::as_str) {
+        let Some((objective, advantage)) = presets::preset(name) else {
+            return Err(EngineError::Config(format!(
+                "{place}.preset: no algorithm is called `{name}`. hint: one of {}",
+                presets::NAMES.join(", ")
+            )));
+        };
+        // a named algorithm starts from its own settings, not from those of another
+        base.retain(|key, _| key != "objective" && key != "advantage");
+        let bad = |e: toml::ser::Error| EngineError::Config(e.to_string());
+        let objective = Value::Table(Table::try_from(objective).map_err(bad)?);
+        let advantage = Value::Table(Table::try_from(advantage).map_err(bad)?);
+        lay_over(
+            &mut base,
+            &Table::from_iter([("objective".into(), objective), ("advantage".into(), advantage)]),
+        );
+    }
+    lay_over(&mut base, &own);
+    Ok(base)
 }
 
 /// Copies `own` over `base`, table by table; a table of another `kind` replaces the one below.
@@ -163,6 +201,7 @@ fn lay_over(base: &mut Table, own: &Table) {
     }
 }
 
+/// `a.b=value`, where value is TOML and a bare word is a string.
 fn apply_override(table: &mut Table, item: &str) -> Result<()> {
     let bad = |why: &str| EngineError::Config(format!("--set {item}: {why}"));
     let (key, raw) =

@@ -97,6 +97,9 @@ impl Recipe {
 
     /// Whether any stage does.
     pub fn needs_reference(&self) -> bool {
-        self.stages().iter().any(|stage| self.stage_needs_reference(stage.kind))
+        self.stages().iter().any(|stage| {
+            let algorithm = stage.algorithm.as_ref().unwrap_or(&self.algorithm);
+            stage.kind != StageKind::Sft && algorithm.objective.needs_reference()
+        })
     }
 }

@@ -5,9 +5,10 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::{AmftConfig, ReferenceConfig};
+use super::{AmftConfig, DynamicConfig, FilterConfig, ReferenceConfig, ReplayConfig};
 use crate::advantage::AdvantageConfig;
 use crate::data::arithmetic::ArithmeticConfig;
+use crate::data::feed::Curriculum;
 use crate::learner::optimizer::{MomentKind, OptimizerKind};
 use crate::loss::Objective;
 
@@ -162,6 +163,29 @@ pub struct DataConfig {
     /// Generate arithmetic problems instead of reading `path`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub arithmetic: Option<ArithmeticConfig>,
+    /// Drops prompts by what their rollouts earn.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub filter: Option<FilterConfig>,
+    /// Which prompts come when.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub curriculum: Option<Curriculum>,
+}
+
+impl Default for DataConfig {
+    fn default() -> Self {
+        Self {
+            path: None,
+            eval_path: None,
+            heldout: default_heldout(),
+            prompt: None,
+            system: None,
+            chat: yes(),
+            max_prompt_tokens: default_max_prompt(),
+            arithmetic: None,
+            filter: None,
+            curriculum: None,
+        }
+    }
 }
 
 fn default_heldout() -> usize {
@@ -200,6 +224,9 @@ pub struct RewardConfig {
     /// Visible to the script as `ctx.options`.
     #[serde(default, skip_serializing_if = "serde_json::Map::is_empty")]
     pub options: serde_json::Map<String, serde_json::Value>,
+    /// Names of the `[[task]]`s whose completions it scores; empty is all of them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tasks: Vec<String>,
 }
 
 fn one() -> f64 {
@@ -251,6 +278,12 @@ pub struct RolloutConfig {
     pub kv_memory_mb: usize,
     /// How keys and values are kept; bf16 halves their memory and rounds them in every pass, the learner's too.
     pub kv_precision: Precision,
+    /// Draws further prompts in place of groups whose rewards are all equal.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dynamic: Option<DynamicConfig>,
+    /// Mixes good groups of earlier steps into a step.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub replay: Option<ReplayConfig>,
 }
 
 impl Default for RolloutConfig {
@@ -266,6 +299,8 @@ impl Default for RolloutConfig {
             stop: Vec::new(),
             kv_memory_mb: 0,
             kv_precision: Precision::F32,
+            dynamic: None,
+            replay: None,
         }
     }
 }
@@ -448,4 +483,29 @@ pub struct StageConfig {
     /// Settings of an `amft` stage.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub amft: Option<AmftConfig>,
+    /// Tasks that it draws from; empty is all of them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tasks: Vec<String>,
+    /// Their weights in this stage, in the order of `tasks`; empty keeps each task's own.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub weights: Vec<f64>,
+    /// Settings laid over `[algorithm]` for this stage.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub algorithm: Option<AlgorithmConfig>,
+}
+
+impl StageConfig {
+    /// A stage with every setting at its default.
+    pub fn new(kind: StageKind) -> Self {
+        Self {
+            kind,
+            steps: None,
+            lr: None,
+            batch: None,
+            amft: None,
+            tasks: Vec::new(),
+            weights: Vec::new(),
+            algorithm: None,
+        }
+    }
 }

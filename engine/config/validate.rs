@@ -30,10 +30,10 @@ impl Recipe {
                 );
             }
         }
-        if objective.sampler_correction.is_some() {
+        if objective.sampler_correction.is_some() && self.rollout.replay.is_none() {
             return fail(
-                "algorithm.objective.sampler_correction weighs rollouts of another engine, whose logprobs differ from the \
-                 learner's; here they are the same bits and nothing is left to correct. hint: remove it",
+                "algorithm.objective.sampler_correction weighs rollouts of another policy; here a step trains on its own, \
+                 whose logprobs are the learner's bit for bit. hint: remove it, or replay past groups: [rollout.replay]",
             );
         }
         if !(objective.top_entropy > 0.0 && objective.top_entropy <= 1.0) {
@@ -56,13 +56,7 @@ impl Recipe {
             (Some(_), Some(_)) => return fail("model: `path` and `[model.new]` exclude each other".into()),
             _ => {}
         }
-        match (&self.data.path, &self.data.arithmetic) {
-            (None, None) => return fail("data: set `path` (a JSONL file) or `[data.arithmetic]`".into()),
-            (Some(_), Some(_)) => {
-                return fail("data: `path` and `[data.arithmetic]` exclude each other".into());
-            }
-            _ => {}
-        }
+        self.validate_tasks()?;
         let grpo = self.stages().iter().any(|s| s.kind != StageKind::Sft);
         if grpo && self.reward.is_empty() {
             return fail("reward: a grpo stage needs at least one [[reward]]".into());
@@ -71,6 +65,19 @@ impl Recipe {
         self.algorithm.reference.validate()?;
         self.validate_kl()?;
         self.validate_amft()?;
+        for (i, algorithm) in self.stage.iter().enumerate().filter_map(|(i, s)| Some((i, s.algorithm.clone()?))) {
+            if algorithm.reference != self.algorithm.reference {
+                return fail(format!(
+                    "stage.{i}.algorithm.reference: a run has one reference policy. hint: set algorithm.reference, and \
+                     kind = \"stage\" to take it anew in each stage"
+                ));
+            }
+            let alone = Self { algorithm, stage: Vec::new(), ..self.clone() };
+            alone.validate_algorithm().and(alone.validate_kl()).map_err(|e| match e {
+                EngineError::Config(message) => EngineError::Config(format!("stage.{i}.{message}")),
+                other => other,
+            })?;
+        }
         let r = &self.rollout;
         for (key, value) in [
             ("rollout.prompts_per_step", r.prompts_per_step),

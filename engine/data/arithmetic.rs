@@ -1,6 +1,6 @@
 //! The generated task of the default recipe: sums and differences with a worked answer.
 //!
-//! A row is `{id, prompt, answer, demonstration}`. The demonstration works digit by digit, units first, inside
+//! A row is `{id, prompt, answer, difficulty, demonstration}`. The demonstration works digit by digit, units first, inside
 //! `<think>` and gives the result inside `<answer>`. A stated share of the demonstrations goes wrong on purpose, so that
 //! a model that imitates them well still errs and reinforcement has something to teach.
 
@@ -21,11 +21,24 @@ pub struct ArithmeticConfig {
     pub problems: usize,
     /// Share of demonstrations that go wrong in one digit.
     pub demo_noise: f64,
+    /// What is done with the operands.
+    pub operation: Operation,
+}
+
+/// What is done with the operands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Operation {
+    /// Their sum.
+    #[default]
+    Add,
+    /// The greater less the smaller.
+    Subtract,
 }
 
 impl Default for ArithmeticConfig {
     fn default() -> Self {
-        Self { max_operand: 99, problems: 4000, demo_noise: 0.5 }
+        Self { max_operand: 99, problems: 4000, demo_noise: 0.5, operation: Operation::Add }
     }
 }
 
@@ -67,12 +80,19 @@ fn problem(config: &ArithmeticConfig, seed: u64, split: Split, row: u64) -> Map<
     };
     let wrong = draw.next_f64() < config.demo_noise;
     let slip = (draw.below(2), 1 + draw.below(9));
-    let demonstration = demonstrate(a, b, wrong.then_some(slip));
+    let (a, b, sign, answer) = match config.operation {
+        Operation::Add => (a, b, '+', a + b),
+        Operation::Subtract => (a.max(b), a.min(b), '-', a.abs_diff(b)),
+    };
+    // digits after the first, and carries
+    let difficulty = demonstrate(a, b, config.operation, None).matches([',', 'c']).count();
+    let demonstration = demonstrate(a, b, config.operation, wrong.then_some(slip));
     let name = if split == Split::Heldout { "heldout" } else { "train" };
     let row = json!({
         "id": format!("{name}-{row}"),
-        "prompt": format!("{a}+{b}="),
-        "answer": (a + b).to_string(),
+        "prompt": format!("{a}{sign}{b}="),
+        "answer": answer.to_string(),
+        "difficulty": difficulty,
         "demonstration": demonstration,
     });
     match row {
@@ -81,27 +101,38 @@ fn problem(config: &ArithmeticConfig, seed: u64, split: Split, row: u64) -> Map<
     }
 }
 
-/// Works `a + b` digit by digit from the units, `c` marking a carry; `slip = (digit, by)` adds `by` to that digit.
+/// Works a sum or difference (`a >= b`) digit by digit from the units, `c` marking what is carried to the next or taken from
+/// it; `slip = (digit, by)` adds `by` to that digit.
 ///
-/// `demonstrate(27, 58, None)` is `<think>7+8=5c,2+5=8</think><answer>85</answer>`.
-fn demonstrate(a: u64, b: u64, slip: Option<(u64, u64)>) -> String {
+/// `demonstrate(27, 58, Add, None)` is `<think>7+8=5c,2+5=8</think><answer>85</answer>`.
+fn demonstrate(a: u64, b: u64, operation: Operation, slip: Option<(u64, u64)>) -> String {
     let digits = a.max(b).max(1).ilog10() as u64 + 1;
     let (mut steps, mut result, mut carry) = (Vec::new(), String::new(), 0);
+    let sign = if operation == Operation::Add { '+' } else { '-' };
     for place in 0..digits {
         let digit = |x: u64| x / 10u64.pow(place as u32) % 10;
-        let mut sum = digit(a) + digit(b) + carry;
+        // ten times the carry and the digit; a difference borrows ten and gives the rest back
+        let mut sum = match operation {
+            Operation::Add => digit(a) + digit(b) + carry,
+            Operation::Subtract if digit(a) < digit(b) + carry => 20 + digit(a) - digit(b) - carry,
+            Operation::Subtract => digit(a) - digit(b) - carry,
+        };
         if let Some((at, by)) = slip
             && at.min(digits - 1) == place
         {
             sum = sum / 10 * 10 + (sum + by) % 10;
         }
-        carry = sum / 10;
+        carry = u64::from(sum >= 10);
         let mark = if carry > 0 { "c" } else { "" };
-        steps.push(format!("{}+{}={}{mark}", digit(a), digit(b), sum % 10));
+        steps.push(format!("{}{sign}{}={}{mark}", digit(a), digit(b), sum % 10));
         result.insert_str(0, &(sum % 10).to_string());
     }
     if carry > 0 {
         result.insert(0, '1');
+    }
+    if operation == Operation::Subtract {
+        let kept = result.trim_start_matches('0').len().max(1);
+        result = result.split_off(result.len() - kept);
     }
     format!("<think>{}</think><answer>{result}</answer>", steps.join(","))
 }
@@ -112,9 +143,24 @@ mod tests {
 
     #[test]
     fn worked_examples() {
-        assert_eq!(demonstrate(27, 58, None), "<think>7+8=5c,2+5=8</think><answer>85</answer>");
-        assert_eq!(demonstrate(99, 1, None), "<think>9+1=0c,9+0=0c</think><answer>100</answer>");
-        assert_eq!(demonstrate(3, 4, Some((0, 2))), "<think>3+4=9</think><answer>9</answer>");
+        assert_eq!(
+            demonstrate(52, 8, Operation::Subtract, None),
+            "<think>2-8=4c,5-0=4</think><answer>44</answer>"
+        );
+        assert_eq!(
+            demonstrate(103, 98, Operation::Subtract, None),
+            "<think>3-8=5c,0-9=0c,1-0=0</think><answer>5</answer>"
+        );
+        assert_eq!(demonstrate(7, 7, Operation::Subtract, None), "<think>7-7=0</think><answer>0</answer>");
+        assert_eq!(
+            demonstrate(27, 58, Operation::Add, None),
+            "<think>7+8=5c,2+5=8</think><answer>85</answer>"
+        );
+        assert_eq!(
+            demonstrate(99, 1, Operation::Add, None),
+            "<think>9+1=0c,9+0=0c</think><answer>100</answer>"
+        );
+        assert_eq!(demonstrate(3, 4, Operation::Add, Some((0, 2))), "<think>3+4=9</think><answer>9</answer>");
     }
 
     #[test]

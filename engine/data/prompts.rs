@@ -95,7 +95,7 @@ impl Renderer<'_> {
             }
         };
         let tokens = self.tokenizer.encode(&text).map_err(|e| bad(e.to_string()))?;
-        Ok(Prompt { index, id, text, tokens, fields: Arc::new(row.clone()) })
+        Ok(Prompt { index, id, text, tokens, task: Arc::default(), fields: Arc::new(row.clone()) })
     }
 }
 

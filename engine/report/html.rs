@@ -105,6 +105,7 @@ fn page(name: &str, metrics: &[Line], samples: &[Line], recipe: &str, summary: &
         escape(name)
     );
     html += &overview(metrics, summary);
+    html += &super::forgetting::html(summary);
     html += &rewards(metrics);
     html += &health(metrics);
     for (title, keys) in SECTIONS {

@@ -60,6 +60,8 @@ pub struct StepMetrics {
     pub extra: Vec<(&'static str, f64)>,
     /// What the step did for the policy, and why not more.
     pub health: Verdict,
+    /// What the choice of prompts and past groups tells, where the recipe has one.
+    pub data: Vec<(&'static str, f64)>,
 }
 
 /// Keys whose values depend on the machine and the moment; equal runs differ in these alone.
@@ -98,6 +100,10 @@ impl StepMetrics {
         put("kv_blocks_peak", json!(self.kv_blocks_peak));
         put("rss_peak_bytes", json!(self.rss_peak_bytes));
         put("kl_coefficient", json!(self.kl_coefficient));
+        for (name, value) in &self.data {
+            // a count reads as one
+            put(name, if value.fract() == 0.0 { json!(*value as u64) } else { json!(value) });
+        }
         if let Some(reward) = self.eval_reward {
             put("eval_reward", json!(reward));
         }
@@ -138,6 +144,9 @@ pub struct Summary {
     pub eval_before_components: Map<String, Value>,
     /// The same by component.
     pub eval_after_components: Map<String, Value>,
+    /// The forgetting matrix of a recipe with named tasks ([`crate::report::forgetting`]).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub task_matrix: Option<Value>,
     /// Completion tokens drawn a second, over all steps.
     pub rollout_tokens_per_s: f64,
     /// Rows trained on a second, over all steps.

@@ -1,6 +1,7 @@
 //! What a run leaves behind: metrics, samples, curves, a page.
 
 pub mod chart;
+pub mod forgetting;
 pub mod health;
 pub mod html;
 pub mod metrics;

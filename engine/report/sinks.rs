@@ -82,6 +82,17 @@ impl RunFolder {
         self.samples.write_all(text.as_bytes()).map_err(EngineError::io(self.root.join("samples.jsonl")))
     }
 
+    /// Writes a JSONL file of the folder whole, or not at all.
+    ///
+    /// # Errors
+    /// A file that cannot be written.
+    pub fn lines(&self, name: &str, lines: &[Value]) -> Result<()> {
+        let (partial, path) = (self.root.join(format!("{name}.partial")), self.root.join(name));
+        let text: String = lines.iter().map(|line| format!("{line}\n")).collect();
+        fs::write(&partial, text).map_err(EngineError::io(&partial))?;
+        fs::rename(&partial, &path).map_err(EngineError::io(&path))
+    }
+
     /// Writes a JSON file of the folder whole, or not at all.
     ///
     /// # Errors

@@ -13,8 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::batch::StepBatch;
 use super::tasks::Tasks;
 use super::{Run, State};
-use crate::config::{AmftConfig, StageConfig, Validation};
-use crate::data::prompts::Order;
+use crate::config::{AmftConfig, Validation};
 use crate::error::{EngineError, Result};
 use crate::learner::batch::{GroupTokens, Piece};
 use crate::learner::step::{Learner, ScoreGrads};
@@ -196,17 +195,13 @@ impl Run {
     }
 }
 
-/// The demonstrations that a step of an `amft` stage imitates; `None` for other stages.
+/// The demonstrations that a step of an `amft` stage imitates, those of `rows`; `None` for other stages.
 pub(super) fn imitation<'a>(
     tasks: &'a Tasks,
     state: &State,
-    seed: u64,
-    stage: &StageConfig,
+    rows: &[usize],
 ) -> Result<Option<Imitation<'a>>> {
     let Some(balance) = state.balance else { return Ok(None) };
-    let batch = stage.batch.unwrap_or(32) as u64;
-    let mut order = Order::new(seed, tasks.train.len());
-    let rows: Vec<usize> = (0..batch).map(|i| order.at(state.step_in_stage * batch + i)).collect();
     let groups: Vec<GroupTokens> =
         rows.iter().map(|&r| shown(&tasks.train[r], &tasks.demonstrations[r])).collect();
     let ids = rows.iter().map(|&r| tasks.train[r].id.as_str()).collect();

@@ -2,7 +2,7 @@
 use std::collections::BTreeSet;
 
 use crate::learner::batch::{GroupTokens, Piece};
-use crate::loss::correction::entropy_threshold;
+use crate::loss::correction::{SamplerCorrection, entropy_threshold};
 use crate::loss::{BatchTotals, LossInputs, policy_loss};
 use crate::model::backprop::Scores;
 use crate::reward::ScoredGroup;
@@ -20,6 +20,8 @@ pub(super) struct StepBatch<'a> {
     pub(super) mask: Vec<bool>,
     pub(super) totals: BatchTotals,
     pub(super) entropy_threshold: Option<f32>,
+    /// Logprobs as sampled where `old` is not that, and the weights that correct for the difference.
+    sampler: Option<(Vec<f32>, Vec<f32>)>,
 }
 
 impl<'a> StepBatch<'a> {
@@ -44,7 +46,34 @@ impl<'a> StepBatch<'a> {
             completions: offsets.len() - 1,
             max_new_tokens: sampling.max_new_tokens,
         };
-        Self { groups, offsets, first_completion, old, mask, totals, entropy_threshold: None }
+        Self { groups, offsets, first_completion, old, mask, totals, entropy_threshold: None, sampler: None }
+    }
+
+    /// Compares the completions from `first` on with `old`, their logprobs at the start of the step, instead of those
+    /// that they were sampled with, and weighs their tokens by the step from one to the other.
+    pub(super) fn correct(&mut self, first: usize, old: &[f32], correction: &SamplerCorrection) {
+        let sampler = self.old.clone();
+        self.old[self.offsets[first]..].copy_from_slice(old);
+        let weights = correction.weights(&self.offsets, &self.old, &sampler, &self.mask);
+        self.sampler = Some((sampler, weights));
+    }
+
+    /// Greatest |new / old probability − 1| of the tokens in the loss, over the completions before `end`.
+    pub(super) fn ratio_deviation(&self, pieces: &[Piece], scores: &Scores, end: usize) -> f64 {
+        let (mut at, mut greatest) = (0, 0.0f64);
+        for piece in pieces {
+            for c in piece.completions.clone() {
+                let row = self.first_completion[piece.group] + c;
+                for t in self.offsets[row]..self.offsets[row + 1] {
+                    if row < end && self.mask[t] {
+                        let moved = f64::from(scores.logprobs[at]) - f64::from(self.old[t]);
+                        greatest = greatest.max(moved.exp_m1().abs());
+                    }
+                    at += 1;
+                }
+            }
+        }
+        greatest
     }
 
     /// Leaves the policy term to the `share` of tokens with the greatest entropy at the start of the step.
@@ -80,6 +109,8 @@ impl<'a> StepBatch<'a> {
                 new: &scores.logprobs,
                 old: &self.old[from..to],
                 reference: reference.map(|r| &r[from..to]),
+                sampler: self.sampler.as_ref().map(|(s, _)| &s[from..to]),
+                weights: self.sampler.as_ref().map(|(_, w)| &w[from..to]),
                 entropy: &scores.entropies,
                 advantages: &by_token,
                 mask: &self.mask[from..to],

@@ -1,5 +1,4 @@
 //! A step of reinforcement: draw, score, compare, update, log.
-use std::sync::Arc;
 use std::time::Instant;
 
 use serde_json::{Map, Value, json};
@@ -7,22 +6,23 @@ use serde_json::{Map, Value, json};
 use super::Run;
 use super::amft::imitation;
 use super::batch::{StepBatch, component_rows};
-use crate::advantage::{Advantages, Combine, Rewards, grouped, groups_of, matrix_advantages};
+use super::draw::{Drawn, Use};
+use crate::advantage::{
+    AdvantageConfig, Advantages, Combine, Rewards, grouped, groups_of, matrix_advantages,
+};
 use crate::config::StageConfig;
-use crate::data::prompts::Order;
 use crate::error::Result;
 use crate::learner::batch::Piece;
 use crate::learner::step::{Learner, ScoreGrads, UpdateStats};
 use crate::loss::LossSums;
 use crate::loss::kl::Placement;
 use crate::model::backprop::Scores;
-use crate::model::decoder::PagedDecoder;
 use crate::report::health::Signs;
 use crate::report::metrics::{StepMetrics, rss_peak_bytes};
 use crate::report::progress::Progress;
 use crate::report::sinks::RunFolder;
 use crate::reward::{ErrorCount, ScoredGroup, component_means, error_counts};
-use crate::rollout::{Request, RolloutEngine, RolloutKey, RolloutStats, SamplingConfig};
+use crate::rollout::RolloutEngine;
 use crate::types::FinishReason;
 
 /// Advantages below this are rounding.
@@ -51,19 +51,33 @@ impl Run {
         let step = self.state.steps + 1;
         let sampling = self.sampling(self.recipe.rollout.temperature);
 
-        let (groups, rollout, reward_s) = self.roll_out(engine, &sampling, step, total)?;
+        let dropped = self.state.data.measured.dropped.len();
+        let drawn = self.draw(stage, engine, &sampling, step, total)?;
+        let shown = match &stage.amft {
+            Some(_) => self.next_rows(stage, total, stage.batch.unwrap_or(32), Use::Imitate)?,
+            None => Vec::new(),
+        };
+        let (groups, rollout, reward_s) = (&drawn.groups, drawn.stats, drawn.reward_s);
 
         let start = Instant::now();
-        let mut batch = StepBatch::new(&groups, &sampling, self.recipe.algorithm.mask_truncated);
+        let mut batch = StepBatch::new(groups, &sampling, self.recipe.algorithm.mask_truncated);
+        let fresh = batch.first_completion[drawn.fresh];
+        if let Some(correction) = self.recipe.algorithm.objective.sampler_correction
+            && drawn.fresh < groups.len()
+        {
+            let past = &batch.groups[drawn.fresh..];
+            let old = learner.score(&self.pool, &self.policy.weights(), past, &sampling.warp()).logprobs;
+            batch.correct(fresh, &old, &correction);
+        }
         if self.recipe.algorithm.objective.top_entropy < 1.0 {
             let entropies =
                 learner.score(&self.pool, &self.policy.weights(), &batch.groups, &sampling.warp()).entropies;
             batch.keep_uncertain(&entropies, self.recipe.algorithm.objective.top_entropy);
         }
         let reference = self.reference_logprobs(learner, &batch.groups, &sampling.warp());
-        let advantages = self.advantages(&groups, &batch, reference.as_deref());
-        let imitation = imitation(&self.tasks, &self.state, self.recipe.seed, stage)?;
-        let (mut all_groups, mut ids) = (batch.groups.clone(), ids_of(&groups));
+        let advantages = self.advantages(groups, &batch, reference.as_deref());
+        let imitation = imitation(&self.tasks, &self.state, &shown)?;
+        let (mut all_groups, mut ids) = (batch.groups.clone(), ids_of(groups));
         if let Some(shown) = &imitation {
             all_groups.extend(shown.groups.iter().cloned());
             ids.extend(&shown.ids);
@@ -87,12 +101,18 @@ impl Run {
         let mut stats = UpdateStats::default();
         let mut rows = 0;
         let mut lr = 0.0;
+        let mut fresh_ratio_dev = 0.0f64;
         let epochs = self.recipe.train.inner_epochs;
         for epoch in 0..epochs {
             lr = self.learning_rate(stage, self.state.step_in_stage * epochs + epoch, total * epochs);
             let mut sums = LossSums::default();
             let mut likelihood = 0.0;
             let loss = |pieces: &[Piece], scores: &Scores| {
+                if epoch == 0 {
+                    let own = pieces.partition_point(|p| p.group < batch.groups.len());
+                    let moved = batch.ratio_deviation(&pieces[..own], scores, fresh);
+                    fresh_ratio_dev = fresh_ratio_dev.max(moved);
+                }
                 let Some(shown) = &imitation else {
                     let out = reinforce(pieces, scores);
                     sums.add(&out.sums);
@@ -146,22 +166,31 @@ impl Run {
             true => Some(self.evaluate(engine)?.0.reward),
             false => None,
         };
-        let completions = groups.iter().flat_map(|g| &g.group.completions);
+        self.remember(&drawn, step);
+        let (reward_mean, reward_std, zero_variance_groups) = match drawn.is_plain() {
+            true => (advantages.reward_mean, advantages.reward_std, advantages.zero_variance_groups),
+            false => seen_rewards(&drawn),
+        };
+        let completions = drawn.seen().flat_map(|g| &g.group.completions);
         let count = completions.clone().count().max(1) as f64;
-        let signs = self.signs(&groups, &advantages, &first, &all, &stats);
+        let signs = self.signs(groups, &advantages, &first, &all, &stats);
         let health = self.state.health.assess(&signs);
         let change = self.state.health.remember(&signs, &health);
+        let mut data = drawn.metrics.clone();
+        if fresh < batch.offsets.len() - 1 {
+            data.push(("replayed_ratio_max_dev", first.ratio_max_dev));
+        }
         let metrics = StepMetrics {
             step,
-            reward_mean: advantages.reward_mean,
-            reward_std: advantages.reward_std,
-            components: component_means(&groups),
+            reward_mean,
+            reward_std,
+            components: component_means(drawn.seen()),
             kl,
             entropy: first.entropy / tokens,
-            ratio_max_dev: first.ratio_max_dev,
+            ratio_max_dev: fresh_ratio_dev,
             clip_fraction: all.clipped as f64 / all.tokens.max(1) as f64,
-            zero_variance_groups: advantages.zero_variance_groups,
-            reward_errors: groups.iter().flat_map(|g| &g.outcomes).map(|o| o.errors.len()).sum(),
+            zero_variance_groups,
+            reward_errors: drawn.seen().flat_map(|g| &g.outcomes).map(|o| o.errors.len()).sum(),
             completion_tokens_mean: completions.clone().map(|c| c.tokens.len()).sum::<usize>() as f64 / count,
             truncated_fraction: completions.filter(|c| c.finish == FinishReason::Length).count() as f64
                 / count,
@@ -179,19 +208,25 @@ impl Run {
             eval_reward,
             extra,
             health,
+            data,
         };
         let logged = match self.recipe.train.log_groups {
-            0 => groups.len(),
-            n => n.min(groups.len()),
+            0 => usize::MAX,
+            n => n,
         };
-        let samples = sample_rows(step, &groups[..logged], &advantages.values);
+        let nothing = std::iter::repeat(&0.0);
+        let samples =
+            sample_rows(step, drawn.seen().take(logged), advantages.values.iter().take(fresh).chain(nothing));
         folder.samples(&samples)?;
         folder.metrics(step, &metrics.to_json())?;
+        if self.state.data.measured.dropped.len() > dropped {
+            self.write_dropped(folder)?;
+        }
         progress.grpo_step(&metrics);
         if let Some(line) = change {
             progress.say(&format!("step {step}: {line}"));
         }
-        let errors = error_counts(&groups);
+        let errors = error_counts(drawn.seen());
         let new = self.state.health.new_failures(errors.iter().map(failure_key));
         for e in errors.iter().filter(|e| new.contains(&failure_key(e))) {
             let what =
@@ -211,6 +246,7 @@ impl Run {
         stats: &UpdateStats,
     ) -> Signs {
         let kl = &self.recipe.algorithm.objective.kl;
+        let full: f64 = groups.iter().map(|g| self.recipe.full_reward(&g.group.prompt.task)).sum();
         let outcomes = || groups.iter().flat_map(|g| &g.outcomes);
         let completions = || groups.iter().flat_map(|g| &g.group.completions);
         let cut = completions().filter(|c| c.finish == FinishReason::Length).count();
@@ -226,7 +262,7 @@ impl Run {
             taught,
             imitates: self.state.balance.is_some_and(|b| b.mu > 0.0),
             reward_mean: advantages.reward_mean,
-            full_reward: self.recipe.reward.iter().map(|r| r.weight).sum(),
+            full_reward: full / groups.len().max(1) as f64,
             truncated_fraction: cut as f64 / completions().count().max(1) as f64,
             mask_truncated: self.recipe.algorithm.mask_truncated,
             clip_fraction: all.clipped as f64 / all.tokens.max(1) as f64,
@@ -236,43 +272,6 @@ impl Run {
             grad_norm: stats.grad_norm,
             max_grad_norm: self.recipe.optimizer.max_grad_norm,
         }
-    }
-
-    /// Draws and scores the groups of a step; verifiers run while later groups still decode.
-    fn roll_out(
-        &self,
-        engine: &mut RolloutEngine,
-        sampling: &SamplingConfig,
-        step: u64,
-        total: u64,
-    ) -> Result<(Vec<ScoredGroup>, RolloutStats, f64)> {
-        let prompts = self.recipe.rollout.prompts_per_step as u64;
-        let mut order = Order::new(self.recipe.seed, self.tasks.train.len());
-        let requests: Vec<Request> = (0..prompts)
-            .map(|i| Request {
-                prompt: Arc::clone(&self.tasks.train[order.at((step - 1) * prompts + i)]),
-                samples: self.recipe.rollout.group_size,
-            })
-            .collect();
-        let key = RolloutKey { seed: self.recipe.seed, step, version: self.policy.version };
-        let mut scoring = self.scorer.start(step, total, self.recipe.seed);
-        let mut model = PagedDecoder::new(self.policy.weights());
-        let stats = engine.generate(
-            &mut model,
-            &self.pool,
-            &self.tokenizer,
-            &requests,
-            sampling,
-            key,
-            &mut |i, group| {
-                scoring.submit(i, group);
-                Ok(())
-            },
-        )?;
-        let waiting = Instant::now();
-        let groups = scoring.finish()?;
-        self.scorer.end_step(&groups, step, total, self.recipe.seed)?;
-        Ok((groups, stats, waiting.elapsed().as_secs_f64()))
     }
 
     /// Advantages of all completions in order; a KL penalty placed in the reward is taken off first.
@@ -313,8 +312,12 @@ impl Run {
     }
 }
 
-fn sample_rows(step: u64, groups: &[ScoredGroup], advantages: &[f32]) -> Vec<Value> {
-    let samples = groups.iter().flat_map(|g| {
+fn sample_rows<'a>(
+    step: u64,
+    groups: impl Iterator<Item = &'a ScoredGroup>,
+    advantages: impl Iterator<Item = &'a f32>,
+) -> Vec<Value> {
+    let samples = groups.flat_map(|g| {
         let prompt = &g.group.prompt;
         g.group.completions.iter().zip(&g.outcomes).enumerate().map(move |(i, pair)| (prompt, i, pair))
     });
@@ -337,10 +340,13 @@ fn sample_rows(step: u64, groups: &[ScoredGroup], advantages: &[f32]) -> Vec<Val
                 "finish_reason": completion.finish,
                 "tokens": completion.tokens,
                 "token_ends": completion.token_ends,
-                "logprobs": completion.logprobs,
+                "logprobs": completion.logprobs.iter().map(|l| shortest(*l)).collect::<Vec<f64>>(),
             });
             if let Value::Object(own) = own {
                 row.extend(own);
+            }
+            if !prompt.task.is_empty() {
+                row.insert("task".into(), json!(*prompt.task));
             }
             Value::Object(row)
         })
@@ -355,4 +361,22 @@ fn ids_of(groups: &[ScoredGroup]) -> Vec<&str> {
 /// What makes two failures the same for who reads the log.
 fn failure_key(e: &ErrorCount) -> String {
     format!("{}: {}", e.script, e.kind)
+}
+
+/// The number with the fewest digits that reads back as `x`: half as long in JSON as that of the widened number.
+fn shortest(x: f32) -> f64 {
+    x.to_string().parse().unwrap_or_else(|_| f64::from(x))
+}
+
+/// Mean reward, deviation and groups of equal rewards of all that a step drew, whatever it trains on.
+fn seen_rewards(drawn: &Drawn) -> (f64, f64, usize) {
+    let (mut values, mut ranges) = (Vec::new(), Vec::new());
+    for group in drawn.seen() {
+        let first = values.len();
+        values.extend(group.outcomes.iter().map(|o| o.reward));
+        ranges.push(first..values.len());
+    }
+    let all =
+        grouped(&Rewards { values: &values, ..Rewards::default() }, &ranges, &AdvantageConfig::default());
+    (all.reward_mean, all.reward_std, all.zero_variance_groups)
 }

@@ -5,9 +5,13 @@
 
 mod amft;
 mod batch;
+mod draw;
+mod filter;
 mod grpo;
+mod matrix;
 mod nonfinite;
 mod reference;
+mod replay;
 mod saved;
 mod sft;
 mod tasks;
@@ -24,7 +28,6 @@ use crate::config::{Recipe, StageConfig, StageKind};
 use crate::data::arithmetic;
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{EngineError, Result};
-use crate::eval::Evaluation;
 use crate::learner::schedule::learning_rate;
 use crate::learner::step::Learner;
 use crate::loss::entropy::EntropyState;
@@ -35,13 +38,15 @@ use crate::model::lora::Adapter;
 use crate::model::peft::PeftAdapter;
 use crate::model::policy::{Policy, new_model_spec};
 use crate::model::source::ModelSource;
+use crate::report::forgetting::TaskMatrix;
 use crate::report::health::History;
 use crate::report::metrics::{EvalResult, Summary, environment, rss_peak_bytes};
 use crate::report::progress::{self, Example, Progress};
 use crate::report::sinks::RunFolder;
 use crate::reward::{ScoredGroup, Scorer};
-use crate::rollout::{RolloutEngine, RolloutKey, SamplingConfig};
+use crate::rollout::{RolloutEngine, SamplingConfig};
 use amft::Balance;
+use draw::DataState;
 use reference::{Reference, ReferenceState, reference_bytes};
 use tasks::{Tasks, load_tasks};
 
@@ -68,6 +73,12 @@ struct State {
     /// `ctx.state` of each verifier, as JSON text.
     #[serde(default)]
     reward_states: Vec<String>,
+    /// Which prompts come next, and what is known of them.
+    #[serde(default)]
+    data: DataState,
+    /// Held-out results by stage and task.
+    #[serde(default)]
+    matrix: TaskMatrix,
     eval_before: Option<EvalResult>,
     health: History,
     seconds: f64,
@@ -79,6 +90,7 @@ struct State {
 
 /// A run made ready: everything loaded and checked, nothing written.
 pub struct Run {
+    /// Its `algorithm` is that of the stage in progress.
     recipe: Recipe,
     pool: Pool,
     tokenizer: Tokenizer,
@@ -150,7 +162,18 @@ impl Run {
             entropy: EntropyState::new(recipe.algorithm.objective.entropy_coefficient),
             ..State::default()
         };
-        Ok(Self { recipe, pool, tokenizer, files, policy, reference: None, tasks, scorer, plan, state })
+        Ok(Self {
+            recipe,
+            pool,
+            tokenizer,
+            files,
+            policy,
+            reference: None,
+            tasks,
+            scorer,
+            plan,
+            state,
+        })
     }
 
     /// The memory plan.
@@ -192,14 +215,19 @@ impl Run {
         };
         let mut engine = RolloutEngine::new(&PagedDecoder::new(self.policy.weights()), self.plan.kv_blocks);
         let stages = self.recipe.stages();
+        self.write_dropped(&folder)?;
+        self.begin_matrix(&stages, &mut engine)?;
         let mut clock = Instant::now();
         while let Some(stage) = stages.get(self.state.stage) {
             if self.state.step_in_stage == 0 {
                 self.policy.choose_trained(&self.recipe.model, self.recipe.seed, self.state.stage)?;
                 learner.begin_stage(&self.policy);
+                self.enter(stage);
+                self.state.data.begin_stage();
                 self.begin_reference(&checkpoints)?;
                 self.state.balance = stage.amft.as_ref().map(Balance::new);
                 if stage.kind != StageKind::Sft {
+                    self.filter_pass(stage, &mut engine, &folder)?;
                     self.begin_grpo(&mut engine)?;
                 }
             }
@@ -235,6 +263,7 @@ impl Run {
                 }
             }
             progress.finish();
+            self.end_stage(&mut engine)?;
             self.state.stage += 1;
             self.state.step_in_stage = 0;
             self.state.seconds += clock.elapsed().as_secs_f64();
@@ -244,20 +273,14 @@ impl Run {
         self.finish(&mut engine, &folder, clock)
     }
 
-    pub(super) fn evaluate(&self, engine: &mut RolloutEngine) -> Result<(EvalResult, Vec<ScoredGroup>)> {
-        let sampling = self.sampling(self.recipe.eval.temperature);
-        let evaluation = Evaluation {
-            prompts: &self.tasks.heldout,
-            samples: self.recipe.eval.samples,
-            sampling: &sampling,
-            scorer: &self.scorer,
-            full_reward: self.recipe.reward.iter().map(|r| r.weight).sum(),
-            progress: (self.state.steps, self.recipe.train.steps),
-        };
-        let key = RolloutKey { seed: self.recipe.seed, step: EVAL_STEP, version: self.policy.version };
-        let mut model = PagedDecoder::new(self.policy.weights());
-        let (result, groups, _) = evaluation.run(engine, &mut model, &self.pool, &self.tokenizer, key)?;
-        Ok((result, groups))
+    /// Makes the algorithm that of `stage`; where that changes it, KL and entropy coefficients start anew.
+    fn enter(&mut self, stage: &StageConfig) {
+        let Some(algorithm) = &stage.algorithm else { return };
+        if self.recipe.algorithm != *algorithm {
+            self.state.kl_coefficient = algorithm.objective.kl.coefficient;
+            self.state.entropy = EntropyState::new(algorithm.objective.entropy_coefficient);
+            self.recipe.algorithm = algorithm.clone();
+        }
     }
 
     pub(super) fn sampling(&self, temperature: f32) -> SamplingConfig {
@@ -294,6 +317,7 @@ impl Run {
             eval_after: after.as_ref().map(|(e, _)| e.reward),
             eval_before_components: components(before),
             eval_after_components: components(after.as_ref().map(|(e, _)| e)),
+            task_matrix: (!self.state.matrix.tasks.is_empty()).then(|| self.state.matrix.to_json()),
             rollout_tokens_per_s: self.state.rollout_tokens as f64 / self.state.rollout_seconds.max(1e-9),
             learner_tokens_per_s: self.state.learner_rows as f64 / self.state.learner_seconds.max(1e-9),
             rss_peak_bytes: rss_peak_bytes(),
@@ -308,6 +332,9 @@ impl Run {
             eprint!("\n{}", progress::before_after(before, after));
             let shown: Vec<Example> = groups.iter().take(3).map(example).collect();
             eprint!("\n{}", progress::examples(&shown));
+        }
+        if !self.state.matrix.tasks.is_empty() {
+            eprint!("\n{}", self.state.matrix.to_text());
         }
         eprint!("\n{}", progress::places(root));
         Ok(summary)

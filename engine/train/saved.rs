@@ -110,6 +110,10 @@ impl Run {
             Moments::restore(&mut buffers, self.policy.trainable(), &self.recipe.optimizer)?;
         learner.adam.updates = state.updates;
         self.policy.version.0 = state.version;
+        // of a stage that goes on the algorithm is known; a new one is entered when it begins
+        if let Some(stage) = self.recipe.stages().get(stage) {
+            self.enter(stage);
+        }
         self.restore_reference(checkpoints, &state, &mut buffers)?;
         if !state.reward_states.is_empty() {
             self.scorer.set_states(&state.reward_states);

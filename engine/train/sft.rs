@@ -4,8 +4,8 @@ use std::time::Instant;
 use rft_kernels::Warp;
 
 use super::Run;
+use super::draw::Use;
 use crate::config::StageConfig;
-use crate::data::prompts::Order;
 use crate::error::{EngineError, Result};
 use crate::learner::batch::{GroupTokens, Piece};
 use crate::learner::step::{Learner, ScoreGrads};
@@ -21,9 +21,7 @@ impl Run {
         progress: &mut Progress,
     ) -> Result<()> {
         let start = Instant::now();
-        let batch = stage.batch.unwrap_or(32) as u64;
-        let mut order = Order::new(self.recipe.seed, self.tasks.train.len());
-        let rows: Vec<usize> = (0..batch).map(|i| order.at(self.state.step_in_stage * batch + i)).collect();
+        let rows = self.next_rows(stage, total, stage.batch.unwrap_or(32), Use::Imitate)?;
         let groups: Vec<GroupTokens> = rows
             .iter()
             .map(|&r| GroupTokens {

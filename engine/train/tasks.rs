@@ -1,4 +1,5 @@
-//! Rows to prompts: what a run trains on and what it holds out.
+//! Rows to prompts: what a run trains on and what it holds out, task by task.
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -6,16 +7,17 @@ use rayon::prelude::*;
 use serde_json::Value;
 
 use super::amft::Validating;
-use crate::config::Recipe;
+use crate::config::{Recipe, TaskConfig};
 use crate::data::arithmetic::{self, Split};
+use crate::data::feed::Feed;
 use crate::data::prompts::{Order, Renderer, Row, read_jsonl};
-use crate::data::template::Moment;
+use crate::data::template::{ChatTemplate, Moment};
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{EngineError, Result};
 use crate::model::source::ModelSource;
 use crate::types::{Prompt, TokenId};
 
-/// Prompts of a run and their demonstrations.
+/// Prompts of a run and their demonstrations, the tasks one after another.
 pub(super) struct Tasks {
     pub(super) train: Vec<Arc<Prompt>>,
     pub(super) heldout: Vec<Arc<Prompt>>,
@@ -24,24 +26,19 @@ pub(super) struct Tasks {
     /// What meta-gradients are measured on; no stage trains on it.
     pub(super) validation: Validating,
     pub(super) dropped: usize,
+    pub(super) list: Vec<Task>,
+    /// Which row comes next.
+    pub(super) feed: Feed,
 }
 
-impl Tasks {
-    /// Sets the last `n` training prompts aside for validation.
-    pub(super) fn set_aside(&mut self, n: usize) -> Result<()> {
-        let left = self.train.len().saturating_sub(n);
-        if left == 0 && n > 0 {
-            return Err(EngineError::Config(format!(
-                "amft.validation_prompts = {n} leaves nothing of {} prompts to train on. hint: lower it",
-                self.train.len()
-            )));
-        }
-        self.validation = Validating {
-            prompts: self.train.split_off(left),
-            demonstrations: self.demonstrations.split_off(left),
-        };
-        Ok(())
-    }
+/// One task among them.
+pub(super) struct Task {
+    /// Empty for the task of a recipe that names none.
+    pub(super) name: String,
+    pub(super) train: Range<usize>,
+    pub(super) heldout: Range<usize>,
+    /// Sum of the weights of its rewards.
+    pub(super) full_reward: f64,
 }
 
 pub(super) fn load_tasks(
@@ -49,19 +46,95 @@ pub(super) fn load_tasks(
     source: Option<&ModelSource>,
     tokenizer: &Tokenizer,
 ) -> Result<Tasks> {
-    let data = &recipe.data;
-    let (train, heldout) = match (&data.path, &data.arithmetic) {
-        (Some(path), _) => {
-            split_rows(read_jsonl(path)?, data.eval_path.as_deref(), data.heldout, recipe.seed)?
-        }
-        (None, Some(task)) => (
-            arithmetic::generate(task, recipe.seed, Split::Train, task.problems),
-            arithmetic::generate(task, recipe.seed, Split::Heldout, data.heldout),
-        ),
-        (None, None) => unreachable!("a validated recipe has data"),
+    let chat = match (recipe.data.chat, source) {
+        (true, Some(source)) => source.chat_template(tokenizer)?.map(|template| template.at(Moment::RUN)),
+        _ => None,
     };
-    for reward in &recipe.reward {
-        for warning in rft_rewards::boxes::check_rows(&reward.script, &reward.options, &train) {
+    let (mut train, mut heldout, mut list) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut rows_before, mut dropped) = (0, 0);
+    let tasks = recipe.tasks();
+    let mut validation = Vec::new();
+    for task in &tasks {
+        let (rows, held) = rows_of(task, recipe.seed)?;
+        warn_of_rows(recipe, &task.name, &rows);
+        let mut take = |rows: &[Row], prompts: &mut Vec<Arc<Prompt>>| -> Result<Range<usize>> {
+            let (first, all) =
+                (prompts.len(), render(recipe, task, rows_before, rows, chat.as_ref(), tokenizer)?);
+            let count = all.len();
+            prompts.extend(all.into_iter().filter(|p| p.tokens.len() <= recipe.data.max_prompt_tokens));
+            dropped += first + count - prompts.len();
+            Ok(first..prompts.len())
+        };
+        let (mut rows_train, rows_heldout) = (take(&rows, &mut train)?, take(&held, &mut heldout)?);
+        rows_before += rows.len();
+        if rows_train.is_empty() {
+            let of = if task.name.is_empty() { String::new() } else { format!(" of task {}", task.name) };
+            return Err(EngineError::Config(format!(
+                "no training prompt{of} is left: {dropped} are longer than data.max_prompt_tokens = {}. hint: raise it",
+                recipe.data.max_prompt_tokens
+            )));
+        }
+        // every task gives its part of what is set aside for validation, the last of its prompts
+        let aside = (recipe.validation_prompts() + tasks.len() - 1 - list.len()) / tasks.len();
+        if aside > 0 && aside >= rows_train.len() {
+            return Err(EngineError::Config(format!(
+                "amft.validation_prompts = {} leaves nothing of {} prompts to train on. hint: lower it",
+                recipe.validation_prompts(),
+                rows_train.len()
+            )));
+        }
+        rows_train.end -= aside;
+        validation.extend(train.split_off(rows_train.end));
+        let full_reward = recipe.full_reward(&task.name);
+        list.push(Task { name: task.name.clone(), train: rows_train, heldout: rows_heldout, full_reward });
+    }
+    if dropped > 0 {
+        eprintln!(
+            "warning: {dropped} prompts are longer than data.max_prompt_tokens = {} and were dropped",
+            recipe.data.max_prompt_tokens
+        );
+    }
+    let demonstrations = demonstrations_of(&train, tokenizer)?;
+    let validation = Validating { demonstrations: demonstrations_of(&validation, tokenizer)?, prompts: validation };
+    let ranges: Vec<Range<usize>> = list.iter().map(|t| t.train.clone()).collect();
+    let column = recipe.data.curriculum.as_ref().and_then(|c| c.column());
+    let difficulty = column.map(|column| difficulties(&train, column)).transpose()?;
+    let feed = Feed::new(recipe.seed, &ranges, difficulty.as_deref());
+    Ok(Tasks { train, heldout, demonstrations, validation, dropped, list, feed })
+}
+
+/// Token ids of each row's `demonstration` with the end token; empty where it has none.
+fn demonstrations_of(prompts: &[Arc<Prompt>], tokenizer: &Tokenizer) -> Result<Vec<Vec<TokenId>>> {
+    let tokens = |prompt: &Arc<Prompt>| match prompt.fields.get("demonstration") {
+        Some(Value::String(text)) => {
+            let mut tokens = tokenizer.encode(text)?;
+            tokens.extend(tokenizer.eos().first());
+            Ok(tokens)
+        }
+        _ => Ok(Vec::new()),
+    };
+    prompts.iter().map(tokens).collect()
+}
+
+/// The task's training rows and held-out rows.
+fn rows_of(task: &TaskConfig, seed: u64) -> Result<(Vec<Row>, Vec<Row>)> {
+    let heldout = task.heldout.unwrap_or_default();
+    match (&task.path, &task.arithmetic) {
+        (Some(path), _) => {
+            split_rows(read_jsonl(path)?, task.eval_path.as_deref(), heldout, seed, &task.name)
+        }
+        (None, Some(problems)) => Ok((
+            arithmetic::generate(problems, seed, Split::Train, problems.problems),
+            arithmetic::generate(problems, seed, Split::Heldout, heldout),
+        )),
+        (None, None) => unreachable!("a validated recipe has data"),
+    }
+}
+
+fn warn_of_rows(recipe: &Recipe, task: &str, rows: &[Row]) {
+    let applies = |tasks: &[String]| tasks.is_empty() || tasks.iter().any(|t| t == task);
+    for reward in recipe.reward.iter().filter(|r| applies(&r.tasks)) {
+        for warning in rft_rewards::boxes::check_rows(&reward.script, &reward.options, rows) {
             let rows: Vec<String> = warning.rows.iter().map(|row| (row + 1).to_string()).collect();
             eprintln!(
                 "warning: reward {}: {} (training rows {})",
@@ -71,57 +144,45 @@ pub(super) fn load_tasks(
             );
         }
     }
-    let chat = match (data.chat, source) {
-        (true, Some(source)) => source.chat_template(tokenizer)?.map(|template| template.at(Moment::RUN)),
-        _ => None,
-    };
-    let renderer = Renderer {
-        template: data.prompt.as_deref(),
-        system: data.system.as_deref(),
-        chat: chat.as_ref(),
-        tokenizer,
-    };
-    let mut dropped = 0;
-    let mut render = |rows: &[Row]| -> Result<Vec<Arc<Prompt>>> {
-        let mut prompts = Vec::with_capacity(rows.len());
-        let rendered: Vec<Result<Prompt>> =
-            rows.par_iter().enumerate().map(|(i, row)| renderer.prompt(i, row)).collect();
-        for prompt in rendered {
-            let prompt = prompt?;
-            match prompt.tokens.len() <= data.max_prompt_tokens {
-                true => prompts.push(Arc::new(prompt)),
-                false => dropped += 1,
-            }
+}
+
+/// Prompts of the rows, numbered from `before`; those of a named task without an `id` are called after it.
+fn render(
+    recipe: &Recipe,
+    task: &TaskConfig,
+    before: usize,
+    rows: &[Row],
+    chat: Option<&ChatTemplate>,
+    tokenizer: &Tokenizer,
+) -> Result<Vec<Arc<Prompt>>> {
+    let renderer =
+        Renderer { template: task.prompt.as_deref(), system: task.system.as_deref(), chat, tokenizer };
+    let name: Arc<str> = task.name.as_str().into();
+    let prompt = |(i, row): (usize, &Row)| {
+        let mut prompt = renderer.prompt(i, row)?;
+        prompt.index += before;
+        prompt.task = Arc::clone(&name);
+        if !recipe.task.is_empty() && row.get("id").is_none_or(Value::is_null) {
+            prompt.id = format!("{name}-{}", prompt.id);
         }
-        Ok(prompts)
+        Ok(Arc::new(prompt))
     };
-    let (train, heldout) = (render(&train)?, render(&heldout)?);
-    if train.is_empty() {
-        return Err(EngineError::Config(format!(
-            "no training prompt is left: {dropped} are longer than data.max_prompt_tokens = {}. hint: raise it",
-            data.max_prompt_tokens
-        )));
-    }
-    if dropped > 0 {
-        eprintln!(
-            "warning: {dropped} prompts are longer than data.max_prompt_tokens = {} and were dropped",
-            data.max_prompt_tokens
-        );
-    }
-    let demonstrations = train
-        .iter()
-        .map(|prompt| match prompt.fields.get("demonstration") {
-            Some(Value::String(text)) => {
-                let mut tokens = tokenizer.encode(text)?;
-                tokens.extend(tokenizer.eos().first());
-                Ok(tokens)
-            }
-            _ => Ok(Vec::new()),
+    // one after another is the order of errors, whatever the threads did
+    let rendered: Vec<Result<Arc<Prompt>>> = rows.par_iter().enumerate().map(prompt).collect();
+    rendered.into_iter().collect()
+}
+
+fn difficulties(train: &[Arc<Prompt>], column: &str) -> Result<Vec<f64>> {
+    let number = |prompt: &Arc<Prompt>| {
+        prompt.fields.get(column).and_then(Value::as_f64).ok_or_else(|| {
+            EngineError::Config(format!(
+                "row {}: no number `{column}`, which data.curriculum orders by. hint: add it to every row, or name another \
+                 column",
+                prompt.id
+            ))
         })
-        .collect::<Result<_>>()?;
-    let mut tasks = Tasks { train, heldout, demonstrations, validation: Validating::default(), dropped };
-    tasks.set_aside(recipe.validation_prompts())?;
-    Ok(tasks)
+    };
+    train.iter().map(number).collect()
 }
 
 fn split_rows(
@@ -129,6 +190,7 @@ fn split_rows(
     eval: Option<&Path>,
     heldout: usize,
     seed: u64,
+    task: &str,
 ) -> Result<(Vec<Row>, Vec<Row>)> {
     if let Some(path) = eval {
         let mut held = read_jsonl(path)?;
@@ -136,8 +198,9 @@ fn split_rows(
         return Ok((rows, held));
     }
     if heldout >= rows.len() {
+        let place = if task.is_empty() { "data.heldout".into() } else { format!("task {task}: heldout") };
         return Err(EngineError::Config(format!(
-            "data.heldout = {heldout} leaves nothing of {} rows to train on. hint: lower it",
+            "{place} = {heldout} leaves nothing of {} rows to train on. hint: lower it",
             rows.len()
         )));
     }

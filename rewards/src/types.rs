@@ -55,6 +55,8 @@ pub struct RewardSpec {
     pub on_error: OnError,
     /// What the script reads as `ctx.options`.
     pub options: Map<String, Value>,
+    /// Tasks whose samples it scores; empty is all of them.
+    pub tasks: Vec<String>,
 }
 
 impl RewardSpec {
@@ -67,7 +69,13 @@ impl RewardSpec {
             limits: Limits::default(),
             on_error: OnError::Abstain,
             options: Map::new(),
+            tasks: Vec::new(),
         }
+    }
+
+    /// Whether it scores samples of `task`.
+    pub fn applies_to(&self, task: &str) -> bool {
+        self.tasks.is_empty() || self.tasks.iter().any(|t| t == task)
     }
 }
 
@@ -76,6 +84,8 @@ impl RewardSpec {
 pub struct Sample {
     /// The data row's id.
     pub id: String,
+    /// Name of the row's task; empty where tasks have no names. It chooses who scores the sample ([`RewardSpec::tasks`]).
+    pub task: String,
     /// Number of the sample within its group.
     pub sample: u32,
     /// The completion's text.

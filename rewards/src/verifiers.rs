@@ -28,10 +28,11 @@ impl Verifiers {
         }
     }
 
-    /// Scores a group; one outcome a sample, in their order.
+    /// Scores a group, the samples of one prompt; one outcome a sample, in their order.
     pub fn score(&mut self, samples: &[Sample], context: &Context) -> Vec<Outcome> {
         let mut outcomes = vec![Outcome::default(); samples.len()];
-        for (spec, own) in self.specs.iter().zip(&mut self.sandboxes) {
+        let task = samples.first().map_or("", |sample| sample.task.as_str());
+        for (spec, own) in self.specs.iter().zip(&mut self.sandboxes).filter(|(s, _)| s.applies_to(task)) {
             let answers = guarded(|| own.score(samples, context)).unwrap_or_else(|message| {
                 // whatever state the VM was left in goes with it
                 let state = own.state();

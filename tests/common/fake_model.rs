@@ -124,7 +124,14 @@ impl PagedModel for FakeModel {
 /// A prompt of these tokens.
 pub(crate) fn prompt(index: usize, tokens: Vec<TokenId>) -> Arc<Prompt> {
     let text = tokenizer().decode(&tokens, false);
-    Arc::new(Prompt { index, id: format!("p{index}"), text, tokens, fields: Arc::default() })
+    Arc::new(Prompt {
+        index,
+        id: format!("p{index}"),
+        text,
+        tokens,
+        task: Arc::default(),
+        fields: Arc::default(),
+    })
 }
 
 /// A request for `samples` completions of a prompt of these tokens.

@@ -63,6 +63,7 @@ pub fn prompts(lengths: &[usize], vocab: usize) -> Vec<Arc<Prompt>> {
             id: index.to_string(),
             text: String::new(),
             tokens: (0..length).map(|i| ((i * 7 + index * 3 + i * i) % vocab) as u32).collect(),
+            task: Arc::default(),
             fields: Arc::default(),
         })
     };
