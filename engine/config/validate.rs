@@ -65,7 +65,9 @@ impl Recipe {
         self.algorithm.reference.validate()?;
         self.validate_kl()?;
         self.validate_amft()?;
-        for (i, algorithm) in self.stage.iter().enumerate().filter_map(|(i, s)| Some((i, s.algorithm.clone()?))) {
+        for (i, algorithm) in
+            self.stage.iter().enumerate().filter_map(|(i, s)| Some((i, s.algorithm.clone()?)))
+        {
             if algorithm.reference != self.algorithm.reference {
                 return fail(format!(
                     "stage.{i}.algorithm.reference: a run has one reference policy. hint: set algorithm.reference, and \

@@ -162,18 +162,7 @@ impl Run {
             entropy: EntropyState::new(recipe.algorithm.objective.entropy_coefficient),
             ..State::default()
         };
-        Ok(Self {
-            recipe,
-            pool,
-            tokenizer,
-            files,
-            policy,
-            reference: None,
-            tasks,
-            scorer,
-            plan,
-            state,
-        })
+        Ok(Self { recipe, pool, tokenizer, files, policy, reference: None, tasks, scorer, plan, state })
     }
 
     /// The memory plan.

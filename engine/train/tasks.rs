@@ -95,7 +95,8 @@ pub(super) fn load_tasks(
         );
     }
     let demonstrations = demonstrations_of(&train, tokenizer)?;
-    let validation = Validating { demonstrations: demonstrations_of(&validation, tokenizer)?, prompts: validation };
+    let validation =
+        Validating { demonstrations: demonstrations_of(&validation, tokenizer)?, prompts: validation };
     let ranges: Vec<Range<usize>> = list.iter().map(|t| t.train.clone()).collect();
     let column = recipe.data.curriculum.as_ref().and_then(|c| c.column());
     let difficulty = column.map(|column| difficulties(&train, column)).transpose()?;
