@@ -7,6 +7,7 @@ use serde_json::{Map, json};
 use super::{
     CommonArgs, Machine, Measurement, Report, linear_parameters, prompt, random_tokens, round, spread,
 };
+use crate::config::Precision;
 use crate::error::Result;
 use crate::model::decoder::PagedDecoder;
 use crate::model::policy::Policy;
@@ -29,7 +30,7 @@ pub struct RolloutArgs {
     /// Completions in flight, one case each.
     #[arg(long, value_delimiter = ',', default_values_t = [8, 32, 64])]
     pub parallel: Vec<usize>,
-    /// Completions that share a prompt; 0: all of them, 1: none.
+    /// Completions that share a prompt, one case each (1,2,4,8,16,32,64 draws the curve); 0: all of them, 1: none.
     #[arg(long, value_delimiter = ',', default_values_t = [0])]
     pub group: Vec<usize>,
 }
@@ -61,22 +62,26 @@ fn case(
         if repeat > 0 {
             prefill.push((prompts * args.prompt) as f64 / first);
             decode.push((prompts * group * (args.new - 1)) as f64 / (whole - first));
-            all.push((prompts * group * args.new) as f64 / whole);
+            all.push(whole);
         }
     }
     let (value, range) = spread(decode);
-    let seconds: f64 =
-        (1..args.new).map(|n| pass_bound(machine, policy, prompts, group, args.prompt, n)).sum();
+    let passes = (1..args.new).map(|n| pass_bound(machine, policy, prompts, group, args.prompt, n));
+    let (seconds, reading) = passes.fold((0.0, 0.0), |sum, pass| (sum.0 + pass.0, sum.1 + pass.1));
     let bound = (prompts * group * (args.new - 1)) as f64 / seconds;
     let mut more = Map::new();
     more.insert("prefill_tokens_per_s".into(), round(spread(prefill).0).into());
-    more.insert("with_prefill_tokens_per_s".into(), round(spread(all).0).into());
+    let all = spread(all).0;
+    more.insert("seconds".into(), round(all).into());
+    more.insert("with_prefill_tokens_per_s".into(), round((prompts * group * args.new) as f64 / all).into());
     more.insert("bound_tokens_per_s".into(), round(bound).into());
+    more.insert("bound_by_memory".into(), round(reading / seconds).into());
     more.insert("rss_peak_mb".into(), json!(rss_peak_bytes() >> 20));
     Ok(Measurement {
         work: format!(
-            "decode {} {prompts}x{group}, prompt {}, new {}",
+            "decode {}{} {prompts}x{group}, prompt {}, new {}",
             machine.precision_name(),
+            if machine.kv_precision == Precision::Bf16 { ", bf16 cache" } else { "" },
             args.prompt,
             args.new
         ),
@@ -88,7 +93,10 @@ fn case(
     })
 }
 
-/// The least seconds of the decoding pass that follows `n` drawn tokens a sample.
+/// The least seconds of the decoding pass that follows `n` drawn tokens a sample, and those in which memory is the bound.
+///
+/// The products wait for the slower of arithmetic and reading (weights once, keys and values once, a shared prompt's once a group);
+/// attention's arithmetic is f32 and comes on top. A share of 0.8 of this is the target.
 fn pass_bound(
     machine: &Machine,
     policy: &Policy,
@@ -96,18 +104,19 @@ fn pass_bound(
     group: usize,
     prompt: usize,
     n: usize,
-) -> f64 {
+) -> (f64, f64) {
     let spec = &policy.spec;
     let rows = (prompts * group) as f64;
     let (layers, head) = linear_parameters(spec);
-    let cached = 2.0 * 4.0 * (spec.layers * spec.kv_heads * spec.head_dim) as f64;
+    let element = if machine.kv_precision == Precision::Bf16 { 2.0 } else { 4.0 };
+    let cached = 2.0 * element * (spec.layers * spec.kv_heads * spec.head_dim) as f64;
     let seen = (prompt + n) as f64;
     let products = 2.0 * rows * (layers + head);
     let attention = 4.0 * rows * seen * (spec.layers * spec.heads * spec.head_dim) as f64;
     let read = cached * (prompts * prompt) as f64 + cached * rows * n as f64;
-    // Attention is f32 whatever the precision of the layers.
-    machine.bound(products, machine.weight_bytes() * (layers + head) + read)
-        + attention / (machine.roof.f32_gflops * 1e9)
+    let read = machine.weight_bytes() * (layers + head) + read;
+    let (both, computing) = (machine.bound(products, read), machine.bound(products, 0.0));
+    (both + attention / (machine.roof.f32_gflops * 1e9), if both > computing { both } else { 0.0 })
 }
 
 /// A rollout engine and prompts that are new each time.
