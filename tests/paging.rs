@@ -173,6 +173,20 @@ fn the_tightest_pool_preempts_and_still_ends() {
 }
 
 #[test]
+fn a_tight_pool_computes_little_twice() {
+    let sampling = SamplingConfig { max_new_tokens: 128, ..SamplingConfig::default() };
+    for (stop_tokens, most) in [(vec![], 0.35), ((0..2).collect(), 0.2)] {
+        let sampling = SamplingConfig { stop_tokens, ..sampling.clone() };
+        let requests: Vec<Request> = (0..32).map(|i| request(i, vec![i as u32 % 28; 32], 4)).collect();
+        // an eighth of what all need at once
+        let mut engine = RolloutEngine::new(&FakeModel::new(1), 32 * (2 + 4 * 8) / 8);
+        let (_, stats) = generate(&mut engine, &mut FakeModel::new(1), 1, &requests, &sampling, key(1, 1));
+        println!("{stats:?}");
+        assert!((stats.recomputed_tokens as f64) < most * stats.decoded_tokens as f64, "{stats:?}");
+    }
+}
+
+#[test]
 fn a_group_costs_one_prompt() {
     let sampling = SamplingConfig { max_new_tokens: 4, ..SamplingConfig::default() };
     let mut model = FakeModel::new(1);

@@ -80,6 +80,8 @@ pub struct Scheduler<'a> {
     max_new_tokens: usize,
     prefill_rows: usize,
     first_active: usize,
+    /// Samples that ended, and their tokens.
+    ended: (usize, usize),
     /// What happened so far.
     pub counts: Counts,
 }
@@ -123,7 +125,8 @@ impl<'a> Scheduler<'a> {
         }
         let (first_active, counts) = (0, Counts::default());
         let pending = HashMap::new();
-        Ok(Self { blocks, groups, pending, max_new_tokens, prefill_rows, first_active, counts })
+        let ended = (0, 0);
+        Ok(Self { blocks, groups, pending, max_new_tokens, prefill_rows, first_active, ended, counts })
     }
 
     /// Whether every group is done.
@@ -141,6 +144,20 @@ impl<'a> Scheduler<'a> {
 
     /// Fills `plan` with the next pass's rows; at least one row unless everything is done.
     pub fn plan(&mut self, plan: &mut Plan) {
+        self.try_plan(plan);
+        let mut more = true;
+        while plan.runs.is_empty() && more {
+            // No sample runs (the last one may have just given up its blocks), and prompts that wait for room to start
+            // theirs hold what the oldest needs.
+            self.try_plan(plan);
+            more = !plan.runs.is_empty() || self.preempt_newest_after(Owner::Prompt(self.first_active));
+        }
+        if plan.runs.is_empty() {
+            self.try_plan(plan);
+        }
+    }
+
+    fn try_plan(&mut self, plan: &mut Plan) {
         plan.clear();
         self.admit();
         let mut prefill_room = self.prefill_rows;
@@ -159,11 +176,14 @@ impl<'a> Scheduler<'a> {
         }
     }
 
-    /// Starts what fits, oldest first; the first that does not fit ends the round.
+    /// Starts what fits beside half of what the running samples are expected to grow by, oldest first; the first that
+    /// does not fit ends the round. What starts too early is preempted and computed twice.
     fn admit(&mut self) {
+        let running = self.groups[self.first_active..].iter().flat_map(|g| &g.samples).filter(|s| s.running);
+        let mut growth: usize = running.map(|s| self.expected_growth(s.tokens.len())).sum();
         for g in self.first_active..self.groups.len() {
             if self.groups[g].phase == Phase::Waiting {
-                if !self.start_prompt(g) {
+                if !self.start_prompt(g, growth / 2) {
                     return;
                 }
             } else if self.groups[g].phase == Phase::Ready {
@@ -174,9 +194,10 @@ impl<'a> Scheduler<'a> {
                     }
                     let prompt = group.prompt.tokens.len();
                     let needed = (prompt + sample.tokens.len()).div_ceil(BLOCK) - prompt / BLOCK;
-                    if self.blocks.free() < needed {
+                    if self.blocks.free() < needed + growth / 2 {
                         return;
                     }
+                    growth += self.expected_growth(sample.tokens.len());
                     group.table.iter().for_each(|&id| self.blocks.retain(id));
                     let GroupState { table, samples, .. } = &mut self.groups[g];
                     let (sample, most) = (&mut samples[s], self.max_new_tokens);
@@ -188,8 +209,15 @@ impl<'a> Scheduler<'a> {
         }
     }
 
-    /// Gives a waiting prompt its blocks, shared ones where there are; false when they do not fit.
-    fn start_prompt(&mut self, g: usize) -> bool {
+    /// Blocks that a running sample of `tokens` tokens is expected to take yet: lengths are guessed to be without memory,
+    /// around the mean of those that ended.
+    fn expected_growth(&self, tokens: usize) -> usize {
+        let mean = self.ended.1.checked_div(self.ended.0).unwrap_or(self.max_new_tokens / 2);
+        mean.min(self.max_new_tokens - tokens).div_ceil(BLOCK)
+    }
+
+    /// Gives a waiting prompt its blocks, shared ones where there are; false when they do not fit beside `reserve`.
+    fn start_prompt(&mut self, g: usize, reserve: usize) -> bool {
         let group = &self.groups[g];
         let tokens = group.prompt.tokens.len();
         // the last token is computed again in any case: its logits are wanted
@@ -201,7 +229,7 @@ impl<'a> Scheduler<'a> {
         }
         let needed = tokens.div_ceil(BLOCK);
         // room for the first block of each sample too, unless nothing else runs
-        let margin = if self.anything_held(g) { group.samples.len() } else { 0 };
+        let margin = if self.anything_held(g) { group.samples.len() + reserve } else { 0 };
         if self.blocks.free() < needed - held + margin {
             return false;
         }
@@ -401,6 +429,7 @@ impl<'a> Scheduler<'a> {
     pub fn finished(&mut self, g: usize, s: usize) -> bool {
         let group = &mut self.groups[g];
         group.samples[s].running = false;
+        self.ended = (self.ended.0 + 1, self.ended.1 + group.samples[s].tokens.len());
         release_all(self.blocks, &mut group.samples[s].table);
         if group.samples.iter().any(|s| s.finish.is_none()) {
             return false;
