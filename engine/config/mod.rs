@@ -4,12 +4,14 @@
 //! are errors that name the file, the line and the nearest valid key. `--set a.b=value` changes one key.
 
 mod amft;
+mod preference;
 mod reference;
 mod sections;
 mod tasks;
 mod validate;
 
 pub use amft::{AmftConfig, Validation};
+pub use preference::*;
 pub use reference::ReferenceConfig;
 pub use sections::*;
 pub use tasks::*;

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Recipe, StageKind};
+use super::{Recipe, StageConfig, StageKind};
 use crate::error::{EngineError, Result};
 use crate::loss::kl::{Control, Gradient, Placement};
 
@@ -90,16 +90,18 @@ impl Recipe {
         }
     }
 
-    /// Whether stages of a kind need reference logprobs.
-    pub fn stage_needs_reference(&self, kind: StageKind) -> bool {
-        kind != StageKind::Sft && self.algorithm.objective.needs_reference()
+    /// Whether a stage needs reference logprobs.
+    pub fn stage_needs_reference(&self, stage: &StageConfig) -> bool {
+        let algorithm = stage.algorithm.as_ref().unwrap_or(&self.algorithm);
+        match stage.kind {
+            StageKind::Sft => false,
+            StageKind::Grpo | StageKind::Amft => algorithm.objective.needs_reference(),
+            StageKind::Preference => stage.comparison().needs_reference(),
+        }
     }
 
     /// Whether any stage does.
     pub fn needs_reference(&self) -> bool {
-        self.stages().iter().any(|stage| {
-            let algorithm = stage.algorithm.as_ref().unwrap_or(&self.algorithm);
-            stage.kind != StageKind::Sft && algorithm.objective.needs_reference()
-        })
+        self.stages().iter().any(|stage| self.stage_needs_reference(stage))
     }
 }

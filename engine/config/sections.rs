@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::{AmftConfig, DynamicConfig, FilterConfig, ReferenceConfig, ReplayConfig};
+use super::{AmftConfig, DynamicConfig, FilterConfig, PreferenceStage, ReferenceConfig, ReplayConfig};
 use crate::advantage::AdvantageConfig;
 use crate::data::arithmetic::ArithmeticConfig;
 use crate::data::feed::Curriculum;
@@ -457,12 +457,14 @@ impl DevicesConfig {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum StageKind {
-    /// Maximum likelihood on the rows' `demonstration`.
+    /// Maximum likelihood on demonstrations.
     Sft,
     /// Rollouts, rewards, policy gradient.
     Grpo,
     /// Both in every step, with a learned weight.
     Amft,
+    /// Better completions against worse ones, stored or drawn.
+    Preference,
 }
 
 /// One stage.
@@ -471,18 +473,30 @@ pub enum StageKind {
 pub struct StageConfig {
     /// What it does.
     pub kind: StageKind,
-    /// Its steps; a `grpo` stage without it takes `train.steps`.
+    /// Its steps; without it (and `epochs`), `train.steps`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub steps: Option<u64>,
     /// Peak learning rate instead of `optimizer.lr`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub lr: Option<f64>,
-    /// Demonstrations a step (`sft` and `amft`).
+    /// Rows a step (`sft`, `amft`, and `preference` with stored rows); 32 without it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub batch: Option<usize>,
+    /// Passes over the rows in place of `steps`, for stages that have `batch`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub epochs: Option<f64>,
+    /// JSONL file of the stage's own rows (`sft`, `preference`); `sft` without it reads those of `[data]`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub path: Option<PathBuf>,
+    /// Rows whose prompt and completion are longer together are dropped, with a warning that counts them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_tokens: Option<usize>,
     /// Settings of an `amft` stage.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub amft: Option<AmftConfig>,
+    /// How completions are compared (`preference` only).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub preference: Option<PreferenceStage>,
     /// Tasks that it draws from; empty is all of them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub tasks: Vec<String>,
@@ -502,10 +516,38 @@ impl StageConfig {
             steps: None,
             lr: None,
             batch: None,
+            epochs: None,
+            path: None,
+            max_tokens: None,
             amft: None,
+            preference: None,
             tasks: Vec::new(),
             weights: Vec::new(),
             algorithm: None,
+        }
+    }
+
+    /// Rows a step.
+    pub fn rows_per_step(&self) -> usize {
+        self.batch.unwrap_or(32)
+    }
+
+    /// How completions are compared.
+    pub fn comparison(&self) -> PreferenceStage {
+        self.preference.clone().unwrap_or_default()
+    }
+
+    /// Whether it takes its rows from a file of its own and none from `[data]` and the tasks.
+    pub fn reads_own_rows(&self) -> bool {
+        self.path.is_some()
+    }
+
+    /// Whether its completions are drawn from the policy.
+    pub fn draws(&self) -> bool {
+        match self.kind {
+            StageKind::Sft => false,
+            StageKind::Grpo | StageKind::Amft => true,
+            StageKind::Preference => self.comparison().draws(),
         }
     }
 }

@@ -1,6 +1,6 @@
 //! What a recipe asks for and a run cannot give, each with its remedy.
 
-use super::{Recipe, StageKind};
+use super::{PairSource, Recipe, StageKind};
 use crate::advantage::{Baseline, Combine};
 use crate::error::{EngineError, Result};
 use crate::loss::kl::Placement;
@@ -45,6 +45,81 @@ impl Recipe {
         Ok(())
     }
 
+    /// What each stage asks for and lacks, or has and cannot use.
+    fn validate_stages(&self) -> Result<()> {
+        for (i, stage) in self.stage.iter().enumerate() {
+            let at = format!("stage.{i}");
+            let fail = |message: String| Err(EngineError::Config(format!("{at}{message}")));
+            if let Some(lr) = stage.lr.filter(|lr| !(*lr > 0.0 && lr.is_finite())) {
+                return fail(format!(".lr must be positive, got {lr}"));
+            }
+            if stage.batch == Some(0) {
+                return fail(".batch must be at least 1".into());
+            }
+            if let Some(epochs) = stage.epochs.filter(|e| !(*e > 0.0 && e.is_finite())) {
+                return fail(format!(".epochs must be positive, got {epochs}"));
+            }
+            let preference = stage.kind == StageKind::Preference;
+            let draws = stage.draws();
+            if stage.max_tokens.is_some() && stage.path.is_none() && !draws {
+                return fail(
+                    ".max_tokens holds for the rows of `path`. hint: data.max_prompt_tokens for those of [data]".into(),
+                );
+            }
+            let misplaced = [
+                ("batch", draws && stage.kind != StageKind::Amft && stage.batch.is_some()),
+                ("epochs", draws && stage.epochs.is_some()),
+                ("path", draws && stage.path.is_some()),
+                ("max_tokens", draws && stage.max_tokens.is_some()),
+                ("preference", !preference && stage.preference.is_some()),
+            ];
+            if let Some((key, _)) = misplaced.iter().find(|(_, wrong)| *wrong) {
+                return fail(match *key {
+                    "preference" => {
+                        ".preference: only a stage of kind \"preference\" compares completions".into()
+                    }
+                    key => format!(
+                        ".{key}: this stage draws its completions. hint: rollout.prompts_per_step and group_size say how many, \
+                         [data] for which prompts"
+                    ),
+                });
+            }
+            if preference {
+                let comparison = stage.comparison();
+                comparison.validate(&at)?;
+                match comparison.pairs {
+                    PairSource::Stored if stage.path.is_none() => {
+                        return fail(
+                            ".path: stored pairs need a JSONL file of rows with `prompt`, `chosen` and `rejected`. hint: set \
+                             it, or preference.pairs = \"groups\" to make pairs of scored rollouts"
+                                .into(),
+                        );
+                    }
+                    PairSource::Groups if self.reward.is_empty() => {
+                        return fail(
+                            ".preference.pairs = \"groups\" compares rewards. hint: add a [[reward]]".into(),
+                        );
+                    }
+                    PairSource::Groups if self.rollout.group_size < 2 => {
+                        return fail(
+                            ".preference.pairs = \"groups\" needs rollout.group_size of at least 2".into(),
+                        );
+                    }
+                    _ => {}
+                }
+                let alone = if draws { self.rollout.prompts_per_step } else { stage.rows_per_step() } < 2;
+                if comparison.unpaired.is_some() && alone {
+                    return fail(
+                        ".preference.unpaired: the baseline of a completion is the answer to another prompt, so a step needs two. \
+                         hint: raise batch (or rollout.prompts_per_step)"
+                            .into(),
+                    );
+                }
+            }
+        }
+        Ok(())
+    }
+
     pub(super) fn validate(&self) -> Result<()> {
         let fail = |message: String| Err(EngineError::Config(message));
         match (&self.model.path, &self.model.new) {
@@ -57,7 +132,7 @@ impl Recipe {
             _ => {}
         }
         self.validate_tasks()?;
-        let grpo = self.stages().iter().any(|s| s.kind != StageKind::Sft);
+        let grpo = self.stages().iter().any(|s| matches!(s.kind, StageKind::Grpo | StageKind::Amft));
         if grpo && self.reward.is_empty() {
             return fail("reward: a grpo stage needs at least one [[reward]]".into());
         }
@@ -65,6 +140,7 @@ impl Recipe {
         self.algorithm.reference.validate()?;
         self.validate_kl()?;
         self.validate_amft()?;
+        self.validate_stages()?;
         for (i, algorithm) in
             self.stage.iter().enumerate().filter_map(|(i, s)| Some((i, s.algorithm.clone()?)))
         {

@@ -1,6 +1,7 @@
 //! Prompts: rows, templates, tokens.
 
 pub mod arithmetic;
+pub mod examples;
 pub mod feed;
 pub mod prompts;
 mod python;

@@ -45,6 +45,15 @@ fn kind(value: &Value) -> &'static str {
     }
 }
 
+/// A row's `id` as text; its position where it has none.
+pub fn row_id(index: usize, row: &Row) -> String {
+    match row.get("id") {
+        Some(Value::String(id)) => id.clone(),
+        Some(Value::Null) | None => index.to_string(),
+        Some(other) => other.to_string(),
+    }
+}
+
 /// How a row becomes a prompt.
 #[derive(Clone, Copy)]
 pub struct Renderer<'a> {
@@ -64,11 +73,7 @@ impl Renderer<'_> {
     /// # Errors
     /// A missing field, by row and name; a chat template that refuses; text that the tokenizer cannot express.
     pub fn prompt(&self, index: usize, row: &Row) -> Result<Prompt> {
-        let id = match row.get("id") {
-            Some(Value::String(id)) => id.clone(),
-            Some(Value::Null) | None => index.to_string(),
-            Some(other) => other.to_string(),
-        };
+        let id = row_id(index, row);
         let bad = |message: String| EngineError::Config(format!("row {id}: {message}"));
         let messages = match (self.template, row.get("prompt"), row.get("messages")) {
             (Some(template), ..) => Content::Text(fill(template, row).map_err(bad)?),
@@ -96,6 +101,13 @@ impl Renderer<'_> {
         };
         let tokens = self.tokenizer.encode(&text).map_err(|e| bad(e.to_string()))?;
         Ok(Prompt { index, id, text, tokens, task: Arc::default(), fields: Arc::new(row.clone()) })
+    }
+}
+
+impl Renderer<'_> {
+    /// The template's text for a row, where there is a template.
+    pub(super) fn filled(&self, row: &Row) -> Option<String> {
+        fill(self.template?, row).ok()
     }
 }
 

@@ -76,6 +76,24 @@ impl Learner {
         all
     }
 
+    /// Whether every group fits whole into a micro-batch.
+    pub fn keeps_whole(&self, groups: &[GroupTokens]) -> bool {
+        let whole = |p: &Piece| p.completions.len() == groups[p.group].completions.len();
+        micro_batches(groups, self.max_rows).iter().flatten().all(whole)
+    }
+
+    /// The scores that the next update's forward passes give, bit for bit, dropout included.
+    pub fn preview(&mut self, pool: &Pool, weights: &Weights, groups: &[GroupTokens], warp: &Warp) -> Scores {
+        let mut all = Scores::default();
+        for pieces in micro_batches(groups, self.max_rows) {
+            let batch = PackedBatch { update: Some(self.adam.updates), ..pack(groups, &pieces) };
+            let scores = self.trainer.score(pool, weights, &batch, warp);
+            all.logprobs.extend(scores.logprobs);
+            all.entropies.extend(scores.entropies);
+        }
+        all
+    }
+
     /// Accumulates the gradient over all micro-batches and applies one update.
     ///
     /// # Errors

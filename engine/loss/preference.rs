@@ -8,7 +8,7 @@
 use serde::{Deserialize, Serialize};
 
 /// A loss of a pair; `z = beta * (chosen score - rejected score - margin)`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum PairLoss {
     /// `-log sigma(z)`, label-smoothed (DPO, Rafailov et al. 2023, arXiv 2305.18290, eq. 7; cDPO).
@@ -43,6 +43,27 @@ pub enum PairLoss {
     SigmoidNorm,
     /// `-beta log sigma(log odds ratio)` of mean logprobs (ORPO, Hong et al. 2024, arXiv 2403.07691, eq. 7).
     OddsRatio,
+}
+
+impl PairLoss {
+    /// Whether it judges each side by its distance from a reference, and says nothing of plain logprobs.
+    pub fn needs_reference(self) -> bool {
+        matches!(
+            self,
+            Self::NcaPair
+                | Self::BcoPair
+                | Self::SppoHard
+                | Self::Aot
+                | Self::AotUnpaired
+                | Self::ApoZero
+                | Self::ApoDown
+        )
+    }
+
+    /// Whether a pair's term depends on the other pairs of the step.
+    pub fn sorts_the_step(self) -> bool {
+        matches!(self, Self::Aot | Self::AotUnpaired)
+    }
 }
 
 /// What a log-ratio becomes before two of them are compared (f-DPO, Wang et al. 2023, arXiv 2309.16240).
@@ -229,8 +250,8 @@ pub fn pair_loss(inputs: &PairInputs, config: &PreferenceConfig) -> PreferenceOu
             let tokens = inputs.total_chosen_tokens.max(1) as f64;
             let logprobs = inputs.new[inputs.offsets[0]..inputs.offsets[n]].iter();
             let nll = -logprobs.map(|x| f64::from(*x)).sum::<f64>() / tokens;
-            let mean_weight = (0..n).map(pair_weight).sum::<f64>()
-                * if inputs.weights.is_some() { share } else { 1.0 / n.max(1) as f64 };
+            // exactly 1 without weights, so that it does not depend on how the step is cut
+            let mean_weight = inputs.weights.map_or(1.0, |_| (0..n).map(pair_weight).sum::<f64>() * share);
             out.loss += weight * nll * mean_weight;
             out.losses.iter_mut().for_each(|l| *l += weight * nll);
             d_nll -= weight * mean_weight / tokens;

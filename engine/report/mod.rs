@@ -7,4 +7,5 @@ pub mod html;
 pub mod metrics;
 pub mod progress;
 pub mod sinks;
+pub mod stages;
 pub mod tensorboard;

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::report::metrics::{EvalResult, StepMetrics};
+use crate::report::stages::PreferenceMetrics;
 
 /// A line a step: redrawn in place and cut to the width of a terminal, printed one below the other elsewhere. No colours.
 #[derive(Debug)]
@@ -62,6 +63,21 @@ impl Progress {
             m.reward_mean, m.kl, m.entropy, m.rollout_tokens_per_s, m.learner_tokens_per_s
         );
         self.line(m.step, &text);
+    }
+
+    /// One step of preference optimisation.
+    pub fn preference_step(&mut self, step: u64, m: &PreferenceMetrics) {
+        let mut text = format!("loss {:.4}  compared {}", m.loss, m.compared);
+        for (name, value) in [("accuracy", m.accuracies), ("margin", m.margin())] {
+            text += &value.map_or(String::new(), |v| format!("  {name} {v:.3}"));
+        }
+        if let Some(drawn) = &m.drawn {
+            text += &drawn.reward_mean.map_or(String::new(), |r| format!("  reward {r:.3}"));
+            text += &format!("  {:.0} tok/s rollout", drawn.rollout_tokens_per_s);
+        }
+        text += &format!("  {:.0} tok/s learner", m.learner_tokens_per_s);
+        text += &m.eval_reward.map_or(String::new(), |r| format!("  held-out {r:.3}"));
+        self.line(step, &text);
     }
 
     /// A line of its own above the live one, or below the last.

@@ -16,8 +16,13 @@ pub struct RunFolder {
     root: PathBuf,
     metrics: File,
     samples: File,
+    /// Opened by the first supervised step.
+    sft: Option<File>,
     events: EventWriter,
 }
+
+/// Lines of supervised steps, apart from metrics.jsonl because they count steps of their own.
+const SFT: &str = "sft.jsonl";
 
 impl RunFolder {
     /// Makes a new run folder holding the resolved recipe.
@@ -37,12 +42,12 @@ impl RunFolder {
         Self::open(root, 0)
     }
 
-    /// Opens a run folder to go on after `step`: later lines of metrics.jsonl and samples.jsonl are dropped.
+    /// Opens a run folder to go on after `step`, and `sft_step` of the supervised ones: later lines are dropped.
     ///
     /// # Errors
     /// Files that cannot be read or written.
-    pub fn resume(root: &Path, step: u64) -> Result<Self> {
-        for name in ["metrics.jsonl", "samples.jsonl"] {
+    pub fn resume(root: &Path, step: u64, sft_step: u64) -> Result<Self> {
+        for (name, step) in [("metrics.jsonl", step), ("samples.jsonl", step), (SFT, sft_step)] {
             keep_steps(&root.join(name), step)?;
         }
         Self::open(root, step)
@@ -54,7 +59,8 @@ impl RunFolder {
             OpenOptions::new().create(true).append(true).open(&path).map_err(EngineError::io(path))
         };
         let (metrics, samples) = (append("metrics.jsonl")?, append("samples.jsonl")?);
-        Ok(Self { root: root.to_path_buf(), metrics, samples, events: EventWriter::create(root, step)? })
+        let events = EventWriter::create(root, step)?;
+        Ok(Self { root: root.to_path_buf(), metrics, samples, sft: None, events })
     }
 
     /// The folder.
@@ -71,6 +77,24 @@ impl RunFolder {
         let text = serde_json::to_string(line).expect("metrics are plain JSON") + "\n";
         self.metrics.write_all(text.as_bytes()).map_err(EngineError::io(path))?;
         self.events.scalars(step, line)
+    }
+
+    /// Appends a supervised step's metrics to sft.jsonl and, as `sft/NAME`, to the TensorBoard events.
+    ///
+    /// # Errors
+    /// Files that cannot be written.
+    pub fn sft(&mut self, step: u64, line: &serde_json::Map<String, Value>) -> Result<()> {
+        let path = self.root.join(SFT);
+        if self.sft.is_none() {
+            let file = OpenOptions::new().create(true).append(true).open(&path);
+            self.sft = Some(file.map_err(EngineError::io(&path))?);
+        }
+        let text = serde_json::to_string(line).expect("metrics are plain JSON") + "\n";
+        let file = self.sft.as_mut().expect("opened above");
+        file.write_all(text.as_bytes()).map_err(EngineError::io(path))?;
+        let tagged = line.iter().filter(|(key, _)| *key != "step");
+        let tagged = tagged.map(|(key, value)| (format!("sft/{key}"), value.clone())).collect();
+        self.events.scalars(step, &tagged)
     }
 
     /// Appends rows to samples.jsonl.
@@ -138,7 +162,7 @@ mod tests {
         let path = root.join("metrics.jsonl");
         let torn = fs::read_to_string(&path).unwrap() + "{\"step\": 2, \"lo";
         fs::write(&path, torn).unwrap();
-        RunFolder::resume(&root, 2).unwrap();
+        RunFolder::resume(&root, 2, 0).unwrap();
         assert_eq!(fs::read_to_string(&path).unwrap().lines().count(), 2);
     }
 }

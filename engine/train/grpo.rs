@@ -29,9 +29,9 @@ use crate::types::FinishReason;
 const NO_ADVANTAGE: f32 = 1e-6;
 
 impl Run {
-    /// Before the first step of a GRPO stage: measures the held-out reward.
+    /// Before the first step of a stage that reinforces or compares: measures the held-out reward.
     pub(super) fn begin_grpo(&mut self, engine: &mut RolloutEngine) -> Result<()> {
-        if self.state.eval_before.is_none() && !self.tasks.heldout.is_empty() {
+        if self.state.eval_before.is_none() && self.measures() {
             let (before, _) = self.evaluate(engine)?;
             eprintln!("held-out reward before reinforcement: {:.3}", before.reward);
             self.state.eval_before = Some(before);
@@ -162,7 +162,7 @@ impl Run {
         self.state.learner_seconds += learner_s;
 
         let every = self.recipe.eval.every;
-        let eval_reward = match every > 0 && step.is_multiple_of(every) && !self.tasks.heldout.is_empty() {
+        let eval_reward = match every > 0 && step.is_multiple_of(every) && self.measures() {
             true => Some(self.evaluate(engine)?.0.reward),
             false => None,
         };
@@ -312,7 +312,7 @@ impl Run {
     }
 }
 
-fn sample_rows<'a>(
+pub(super) fn sample_rows<'a>(
     step: u64,
     groups: impl Iterator<Item = &'a ScoredGroup>,
     advantages: impl Iterator<Item = &'a f32>,

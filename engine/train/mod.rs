@@ -5,15 +5,19 @@
 
 mod amft;
 mod batch;
+pub mod comparison;
 mod draw;
 mod filter;
 mod grpo;
 mod matrix;
 mod nonfinite;
+mod pairs;
+mod preference;
 mod reference;
 mod replay;
 mod saved;
 mod sft;
+mod stage_rows;
 mod tasks;
 
 use std::path::{Path, PathBuf};
@@ -48,6 +52,7 @@ use crate::rollout::{RolloutEngine, SamplingConfig};
 use amft::Balance;
 use draw::DataState;
 use reference::{Reference, ReferenceState, reference_bytes};
+use stage_rows::{StageRows, load_stage_rows};
 use tasks::{Tasks, load_tasks};
 
 /// `RolloutKey::step` of evaluations, apart from all training steps.
@@ -60,8 +65,11 @@ struct State {
     recipe: String,
     stage: usize,
     step_in_stage: u64,
-    /// GRPO steps over all stages.
+    /// Steps of the stages that draw or compare: the numbers of metrics.jsonl.
     steps: u64,
+    /// Steps of supervised stages: the numbers of sft.jsonl.
+    #[serde(default)]
+    sft_steps: u64,
     version: u64,
     updates: u64,
     kl_coefficient: f64,
@@ -98,6 +106,8 @@ pub struct Run {
     policy: Policy,
     reference: Option<Reference>,
     tasks: Tasks,
+    /// By stage.
+    stage_rows: Vec<StageRows>,
     scorer: Scorer,
     plan: MemoryPlan,
     state: State,
@@ -108,7 +118,7 @@ impl Run {
     ///
     /// # Errors
     /// Whatever is missing, malformed or does not fit, by name.
-    pub fn prepare(recipe: Recipe) -> Result<Self> {
+    pub fn prepare(mut recipe: Recipe) -> Result<Self> {
         let pool = Pool::new(recipe.devices.thread_count());
         let scorer = Scorer::new(&recipe.reward, recipe.devices.thread_count())?;
         let source = recipe.model.path.as_ref().map(ModelSource::open).transpose()?;
@@ -117,19 +127,20 @@ impl Run {
             None => arithmetic::tokenizer()?,
         };
         let tasks = load_tasks(&recipe, source.as_ref(), &tokenizer)?;
+        let stage_rows = load_stage_rows(&mut recipe, source.as_ref(), &tokenizer, &tasks)?;
+        let validation = &tasks.validation;
         let prompt_tokens = longest(
-            tasks.train.iter().chain(&tasks.heldout).chain(&tasks.validation.prompts).map(|p| p.tokens.len()),
+            tasks.train.iter().chain(&tasks.heldout).chain(&validation.prompts).map(|p| p.tokens.len()),
         );
-        let positions = prompt_tokens
-            + recipe.rollout.max_new_tokens.max(longest(
-                tasks.demonstrations.iter().chain(&tasks.validation.demonstrations).map(Vec::len),
-            ));
+        let shown = longest(tasks.demonstrations.iter().chain(&validation.demonstrations).map(Vec::len));
+        let stored = longest(stage_rows.iter().map(StageRows::longest));
+        let positions = stored.max(prompt_tokens + recipe.rollout.max_new_tokens.max(shown));
         let (mut policy, files) = match (&source, &recipe.model.new) {
             (Some(source), _) => {
                 if positions > source.spec().max_positions {
                     return Err(EngineError::Config(format!(
                         "the longest prompt and completion need {positions} positions and the model has {}. hint: lower \
-                         data.max_prompt_tokens or rollout.max_new_tokens",
+                         data.max_prompt_tokens, rollout.max_new_tokens or a stage's max_tokens",
                         source.spec().max_positions
                     )));
                 }
@@ -154,7 +165,8 @@ impl Run {
             largest = largest.max((policy.trainable().trainable_len(), stage));
         }
         policy.choose_trained(&recipe.model, recipe.seed, largest.1)?;
-        let plan = MemoryPlan::new(&recipe, &policy, reference_bytes(&recipe, &policy), prompt_tokens)?;
+        let reference = reference_bytes(&recipe, &policy);
+        let plan = MemoryPlan::new(&recipe, &policy, reference, positions - recipe.rollout.max_new_tokens)?;
         policy.choose_trained(&recipe.model, recipe.seed, 0)?;
         let state = State {
             recipe: blake3::hash(recipe.to_toml().as_bytes()).to_hex().to_string(),
@@ -162,7 +174,7 @@ impl Run {
             entropy: EntropyState::new(recipe.algorithm.objective.entropy_coefficient),
             ..State::default()
         };
-        Ok(Self { recipe, pool, tokenizer, files, policy, reference: None, tasks, scorer, plan, state })
+        Ok(Self { recipe, pool, tokenizer, files, policy, reference: None, tasks, stage_rows, scorer, plan, state })
     }
 
     /// The memory plan.
@@ -198,7 +210,7 @@ impl Run {
                 0 => eprintln!("no checkpoint yet: starting from the first step"),
                 n => eprintln!("resuming after {n} steps"),
             }
-            RunFolder::resume(root, self.state.steps)?
+            RunFolder::resume(root, self.state.steps, self.state.sft_steps)?
         } else {
             RunFolder::create(root, &self.recipe.to_toml())?
         };
@@ -215,8 +227,10 @@ impl Run {
                 self.state.data.begin_stage();
                 self.begin_reference(&checkpoints)?;
                 self.state.balance = stage.amft.as_ref().map(Balance::new);
-                if stage.kind != StageKind::Sft {
+                if stage.draws() {
                     self.filter_pass(stage, &mut engine, &folder)?;
+                }
+                if stage.kind != StageKind::Sft {
                     self.begin_grpo(&mut engine)?;
                 }
             }
@@ -225,14 +239,19 @@ impl Run {
                 StageKind::Sft => "sft",
                 StageKind::Grpo => "grpo",
                 StageKind::Amft => "amft",
+                StageKind::Preference => "preference",
             };
             let mut progress = Progress::start(label, self.state.step_in_stage, total);
             while self.state.step_in_stage < total {
                 let (before, version) = (self.state.clone(), self.policy.version);
                 let step = match stage.kind {
-                    StageKind::Sft => self.sft_step(stage, total, &mut learner, &mut progress),
+                    StageKind::Sft => self.sft_step(stage, total, &mut learner, &mut folder, &mut progress),
                     StageKind::Grpo | StageKind::Amft => {
                         self.grpo_step(stage, total, &mut learner, &mut engine, &mut folder, &mut progress)
+                    }
+                    StageKind::Preference => {
+                        let (learner, engine) = (&mut learner, &mut engine);
+                        self.preference_step(stage, total, learner, engine, &mut folder, &mut progress)
                     }
                 };
                 if let Err(error) = step {
@@ -272,6 +291,11 @@ impl Run {
         }
     }
 
+    /// Whether there are held-out prompts and verifiers to measure with.
+    pub(super) fn measures(&self) -> bool {
+        !self.tasks.heldout.is_empty() && !self.recipe.reward.is_empty()
+    }
+
     pub(super) fn sampling(&self, temperature: f32) -> SamplingConfig {
         let r = &self.recipe.rollout;
         SamplingConfig {
@@ -293,7 +317,7 @@ impl Run {
     fn finish(mut self, engine: &mut RolloutEngine, folder: &RunFolder, clock: Instant) -> Result<Summary> {
         let root = folder.root();
         self.write_merged(&root.join("final"))?;
-        let after = if self.tasks.heldout.is_empty() { None } else { Some(self.evaluate(engine)?) };
+        let after = if self.measures() { Some(self.evaluate(engine)?) } else { None };
         self.state.seconds += clock.elapsed().as_secs_f64();
         let components = |result: Option<&EvalResult>| -> Map<String, Value> {
             result.iter().flat_map(|r| &r.components).map(|(n, v)| (n.clone(), json!(v))).collect()

@@ -93,7 +93,7 @@ pub(super) fn reference_bytes(recipe: &Recipe, policy: &Policy) -> usize {
         return 0;
     }
     let stages = recipe.stages();
-    let first = stages.first().is_some_and(|s| recipe.stage_needs_reference(s.kind));
+    let first = stages.first().is_some_and(|s| recipe.stage_needs_reference(s));
     match (&policy.adapter, recipe.algorithm.reference) {
         (None, _) => policy.base.bytes(),
         (Some(_), ReferenceConfig::Base) => 0,
@@ -105,12 +105,12 @@ pub(super) fn reference_bytes(recipe: &Recipe, policy: &Policy) -> usize {
 impl Run {
     /// At the start of a stage: takes the reference policy where its kind says so.
     pub(super) fn begin_reference(&mut self, checkpoints: &Path) -> Result<()> {
-        let kind = self.recipe.stages()[self.state.stage].kind;
+        let stage = &self.recipe.stages()[self.state.stage];
         let config = self.recipe.algorithm.reference;
         let due = match config {
             ReferenceConfig::Base => self.recipe.needs_reference() && self.reference.is_none(),
-            ReferenceConfig::Stage => self.recipe.stage_needs_reference(kind),
-            _ => self.recipe.stage_needs_reference(kind) && self.reference.is_none(),
+            ReferenceConfig::Stage => self.recipe.stage_needs_reference(stage),
+            _ => self.recipe.stage_needs_reference(stage) && self.reference.is_none(),
         };
         if !due {
             return Ok(());

@@ -67,7 +67,7 @@ pub(super) fn load_tasks(
         };
         let (mut rows_train, rows_heldout) = (take(&rows, &mut train)?, take(&held, &mut heldout)?);
         rows_before += rows.len();
-        if rows_train.is_empty() {
+        if rows_train.is_empty() && (task.path.is_some() || task.arithmetic.is_some()) {
             let of = if task.name.is_empty() { String::new() } else { format!(" of task {}", task.name) };
             return Err(EngineError::Config(format!(
                 "no training prompt{of} is left: {dropped} are longer than data.max_prompt_tokens = {}. hint: raise it",
@@ -128,7 +128,11 @@ fn rows_of(task: &TaskConfig, seed: u64) -> Result<(Vec<Row>, Vec<Row>)> {
             arithmetic::generate(problems, seed, Split::Train, problems.problems),
             arithmetic::generate(problems, seed, Split::Heldout, heldout),
         )),
-        (None, None) => unreachable!("a validated recipe has data"),
+        // every stage of a validated recipe has rows of its own
+        (None, None) => {
+            let held = task.eval_path.as_deref().map(read_jsonl).transpose()?.unwrap_or_default();
+            Ok((Vec::new(), held.into_iter().take(heldout).collect()))
+        }
     }
 }
 
