@@ -9,17 +9,9 @@ use rft_engine::model::policy::{Policy, new_model_spec};
 use rft_engine::train::comparison::{Compared, Comparisons, PLAIN, Pair, Verdict};
 use rft_kernels::Pool;
 
-const SGD: OptimizerConfig = OptimizerConfig {
-    kind: OptimizerKind::Sgd,
-    lr: 1e-3,
-    beta1: 0.9,
-    beta2: 0.999,
-    eps: 1e-8,
-    weight_decay: 0.0,
-    max_grad_norm: 0.0,
-    schedule: rft_engine::learner::schedule::ScheduleKind::Constant,
-    warmup_updates: 0,
-};
+fn sgd() -> OptimizerConfig {
+    OptimizerConfig { kind: OptimizerKind::Sgd, lr: 1e-3, max_grad_norm: 0.0, ..OptimizerConfig::default() }
+}
 
 fn policy(seed: u64) -> Policy {
     let shape = NewModelConfig { hidden: 24, layers: 2, heads: 4, kv_heads: 2, head_dim: 8, ffn: 40 };
@@ -102,7 +94,7 @@ fn step(verdict: Verdict, referenced: bool, pool: &Pool, policy: &Policy) -> Com
 /// Gradient and outcome of one update.
 fn update(step: &Comparisons, pool: &Pool, policy: &Policy, max_rows: usize) -> (Vec<f32>, Compared) {
     let (mut policy, mut learner) = (policy.clone(), Learner::new(policy, max_rows));
-    let compared = step.update(pool, &mut policy, &mut learner, &SGD, SGD.lr).unwrap();
+    let compared = step.update(pool, &mut policy, &mut learner, &sgd(), 1e-3).unwrap();
     (learner.last_grads().base.clone(), compared)
 }
 
