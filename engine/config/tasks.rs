@@ -198,7 +198,8 @@ impl Recipe {
                 return fail(format!("two tasks are called `{}`. hint: a name is one task's", task.name));
             }
             match (&task.path, &task.arithmetic) {
-                (None, None) if self.task.is_empty() && self.stages().iter().all(StageConfig::reads_own_rows) => {}
+                (None, None)
+                    if self.task.is_empty() && self.stages().iter().all(StageConfig::reads_own_rows) => {}
                 (None, None) => {
                     return fail(format!(
                         "{place}: set `path` (a JSONL file) or `arithmetic` (generated problems)"

@@ -226,6 +226,12 @@ impl Run {
         if let Some(line) = change {
             progress.say(&format!("step {step}: {line}"));
         }
+        self.warn_of_failures(step, &drawn, progress);
+        Ok(())
+    }
+
+    /// Says which verifiers failed in a way that was not said before.
+    pub(super) fn warn_of_failures(&mut self, step: u64, drawn: &Drawn, progress: &mut Progress) {
         let errors = error_counts(drawn.seen());
         let new = self.state.health.new_failures(errors.iter().map(failure_key));
         for e in errors.iter().filter(|e| new.contains(&failure_key(e))) {
@@ -233,7 +239,6 @@ impl Run {
                 format!("{} calls of {} failed ({}), the first: {}", e.count, e.script, e.kind, e.first);
             progress.say(&format!("warning: step {step}: {what}"));
         }
-        Ok(())
     }
 
     /// What a step showed of its health.

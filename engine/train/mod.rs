@@ -174,7 +174,19 @@ impl Run {
             entropy: EntropyState::new(recipe.algorithm.objective.entropy_coefficient),
             ..State::default()
         };
-        Ok(Self { recipe, pool, tokenizer, files, policy, reference: None, tasks, stage_rows, scorer, plan, state })
+        Ok(Self {
+            recipe,
+            pool,
+            tokenizer,
+            files,
+            policy,
+            reference: None,
+            tasks,
+            stage_rows,
+            scorer,
+            plan,
+            state,
+        })
     }
 
     /// The memory plan.

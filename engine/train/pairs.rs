@@ -104,8 +104,14 @@ mod tests {
 
     /// A group whose completions are one token each, with their rewards and a component `long`.
     fn group(rewards: &[Option<f64>]) -> ScoredGroup {
-        let prompt =
-            Prompt { index: 0, id: "0".into(), text: String::new(), tokens: vec![1], fields: Arc::default() };
+        let prompt = Prompt {
+            index: 0,
+            id: "0".into(),
+            text: String::new(),
+            tokens: vec![1],
+            task: Arc::default(),
+            fields: Arc::default(),
+        };
         let completion = |i: usize| Completion {
             tokens: vec![i as u32],
             logprobs: vec![-1.0],

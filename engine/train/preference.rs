@@ -19,7 +19,7 @@ use crate::report::metrics::rss_peak_bytes;
 use crate::report::progress::Progress;
 use crate::report::sinks::RunFolder;
 use crate::report::stages::{DrawnMetrics, PreferenceMetrics};
-use crate::reward::{ScoredGroup, component_means};
+use crate::reward::component_means;
 use crate::rollout::RolloutEngine;
 use crate::types::{FinishReason, TokenId};
 
@@ -43,6 +43,7 @@ impl Run {
     ) -> Result<()> {
         let step = self.state.steps + 1;
         let settings = stage.comparison();
+        let dropped = self.state.data.measured.dropped.len();
         let ranked = match settings.draws() {
             true => Some(self.rank(stage, &settings, engine, step, total)?),
             false => None,
@@ -127,6 +128,12 @@ impl Run {
             }
         }
         folder.metrics(step, &metrics.to_json())?;
+        if self.state.data.measured.dropped.len() > dropped {
+            self.write_dropped(folder)?;
+        }
+        if let Some(ranked) = &ranked {
+            self.warn_of_failures(step, &ranked.drawn, progress);
+        }
         progress.preference_step(self.state.step_in_stage + 1, &metrics);
         Ok(())
     }
@@ -171,8 +178,7 @@ impl Run {
                 EngineError::Config(format!("row {}: demonstration: {message}", prompt.id))
             })?;
             let completions = scored.group.completions.iter().enumerate();
-            let used: Vec<usize> =
-                completions.filter(|(_, c)| c.tokens != tokens).map(|(i, _)| i).collect();
+            let used: Vec<usize> = completions.filter(|(_, c)| c.tokens != tokens).map(|(i, _)| i).collect();
             // the demonstration comes first, so a drawn completion is one place further on
             let pairs = (0..used.len()).map(|i| (0, i + 1, 0.0)).collect();
             choices.push(Choice { used, pairs, desirable: Vec::new() });
@@ -315,7 +321,9 @@ fn pair_rows(step: u64, ranked: &Ranked, logged: usize) -> Vec<Value> {
         for (sample, row) in rows[at..at + n].iter_mut().enumerate() {
             let Value::Object(row) = row else { continue };
             row.shift_remove("advantage");
-            if let Some(label) = choice.used.iter().position(|u| *u == sample).and_then(|p| choice.desirable.get(p)) {
+            if let Some(label) =
+                choice.used.iter().position(|u| *u == sample).and_then(|p| choice.desirable.get(p))
+            {
                 row.insert("desirable".into(), json!(label));
             } else if choice.desirable.is_empty() {
                 let named = choice.pairs.iter().map(|(c, r, _)| (name(*c), name(*r)));
