@@ -28,7 +28,7 @@ const PROGRAM_BYTES: usize = 96 << 20;
 pub struct MemoryPlan {
     /// Weights in f32 and, in bf16 precision, their shadow; quantised ones in their codes.
     pub weights: usize,
-    /// Gradient buffer.
+    /// Gradient buffer and, in bf16, the rows that wait for their block.
     pub gradients: usize,
     /// AdamW moments.
     pub moments: usize,
@@ -64,6 +64,8 @@ impl MemoryPlan {
         let base = policy.base.bytes();
         let adapter = policy.adapter.as_ref().map_or(0, |a| a.arena.bytes());
         let trainable = policy.trainable().trainable_len();
+        let bf16 = recipe.model.precision == Precision::Bf16;
+        let waiting = if bf16 { policy.trainable().waiting_bytes() } else { 0 };
         let samples = rollout.prompts_per_step * rollout.group_size;
 
         let element_bytes = if rollout.kv_precision == Precision::Bf16 { 2 } else { 4 };
@@ -75,7 +77,7 @@ impl MemoryPlan {
         let mut plan = Self {
             weights: base + adapter,
             // a meta-gradient is the product of two gradients
-            gradients: 4 * trainable * if recipe.has_meta_gradient() { 2 } else { 1 },
+            gradients: (4 * trainable + waiting) * if recipe.has_meta_gradient() { 2 } else { 1 },
             moments: Moments::planned_bytes(policy.trainable(), &recipe.optimizer),
             reference,
             kv: 0,

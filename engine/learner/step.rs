@@ -63,6 +63,9 @@ impl Learner {
             self.grads = Grads::default();
             self.grads = policy.new_grads();
         }
+        // other weights may train in the same places
+        self.grads.base_waiting.clear();
+        self.grads.adapter_waiting.clear();
     }
 
     /// Logprobs and entropies of every completion token under `weights`, without gradients; in target order.

@@ -7,9 +7,8 @@
 //! Shapes: m rows, t targets, h hidden, v vocab.
 
 use rft_kernels::{
-    Pool, RowStats, STEP, Segment, Warp, Write, glu, glu_backward, linear_dw, linear_dx, qk_rope,
-    qk_rope_backward, rms_norm_backward, round_kv, row_backward, scatter_add_rows,
-    segment_attention_backward, warp_row,
+    Pool, RowStats, STEP, Segment, Warp, Write, glu, glu_backward, linear_dx, qk_rope, qk_rope_backward,
+    rms_norm_backward, round_kv, row_backward, scatter_add_rows, segment_attention_backward, warp_row,
 };
 
 use crate::config::Precision;
@@ -85,6 +84,7 @@ struct BackScratch {
     d_qkv: Vec<f32>,
     d_delta: Vec<f32>,
     transpose: Vec<f32>,
+    columns: Vec<f32>,
 }
 
 /// Bytes that the chunk of logits may take; a chunk has at least 8 targets. Each chunk reads the head and its gradient once.
@@ -190,9 +190,14 @@ impl Trainer {
         }
     }
 
-    /// Adds the embedding's input gradients of all micro-batches since the last call, rows in order, after
-    /// all of the head's: so tied weights sum in the same order however the batch was split.
+    /// Adds what the micro-batches since the last call have left: rows of unfinished blocks (bf16), then the embedding's input
+    /// gradients, rows in order, after all of the head's: so weights sum in the same order however the batch was split.
     pub fn finish(&mut self, pool: &Pool, w: &Weights, grads: &mut Grads) {
+        w.base.finish_weight_gradients(pool, &mut grads.base, &mut grads.base_waiting);
+        if let Some(adapter) = w.adapter {
+            let (grads, waiting) = (&mut grads.adapter, &mut grads.adapter_waiting);
+            adapter.arena.finish_weight_gradients(pool, grads, waiting);
+        }
         if let Some(range) = w.base.grad_range(w.slots.embed) {
             let table = w.base.matrix(w.slots.embed);
             scatter_add_rows(
@@ -278,19 +283,18 @@ impl Trainer {
                 Write::Set,
                 &mut self.back.transpose,
             );
-            if let Some(range) = w.base.grad_range(w.slots.head) {
-                let bf16 = head.bf16.is_some();
-                linear_dw(
-                    pool,
-                    &self.logits,
-                    &self.chunk,
-                    targets.len(),
-                    vocab,
-                    hidden,
-                    &mut grads.base[range],
-                    bf16,
-                );
-            }
+            let (base, waiting) = (&mut grads.base, &mut grads.base_waiting);
+            let (d_logits, columns) = (&self.logits, &mut self.back.columns);
+            w.base.add_weight_gradient(
+                pool,
+                w.slots.head,
+                d_logits,
+                &self.chunk,
+                targets.len(),
+                base,
+                waiting,
+                columns,
+            );
             for (target, d_row) in targets.iter().zip(self.d_chunk.chunks_exact(hidden)) {
                 let sum = &mut self.d_normed[target.row * hidden..(target.row + 1) * hidden];
                 sum.iter_mut().zip(d_row).for_each(|(a, b)| *a += b);

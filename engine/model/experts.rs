@@ -254,11 +254,13 @@ pub(super) fn experts_backward(
         let n = of.len();
         let (d_y, act) = (&s.d_y[of.start * h..of.end * h], &act[of.start * f..of.end * f]);
         let d_gate_up = &s.d_gate_up[of.start * 2 * f..of.end * 2 * f];
-        w.base.add_weight_gradient(pool, slots.down[expert], d_y, act, n, &mut grads.base, &mut s.columns);
+        let down = slots.down[expert];
+        let (base, waiting, columns) = (&mut grads.base, &mut grads.base_waiting, &mut s.columns);
+        w.base.add_weight_gradient(pool, down, d_y, act, n, base, waiting, columns);
         let gate_up = slots.gate_up[expert];
         if w.base.grad_range(gate_up).is_some() {
             gather(pool, x, &routing.rows[of.clone()], h, &mut s.x);
-            w.base.add_weight_gradient(pool, gate_up, d_gate_up, &s.x, n, &mut grads.base, &mut s.columns);
+            w.base.add_weight_gradient(pool, gate_up, d_gate_up, &s.x, n, base, waiting, columns);
         }
         let matrix = w.base.matrix(gate_up);
         let d_x = &mut s.y[of.start * h..of.end * h];
@@ -271,7 +273,8 @@ pub(super) fn experts_backward(
         let pairs = &routing.of_row[row * t..(row + 1) * t];
         router_row_backward(moe, routing, row, pairs, d_weights, d);
     });
-    w.base.add_weight_gradient(pool, slots.router, &s.d_logits, x, m, &mut grads.base, &mut s.columns);
+    let (base, waiting, columns) = (&mut grads.base, &mut grads.base_waiting, &mut s.columns);
+    w.base.add_weight_gradient(pool, slots.router, &s.d_logits, x, m, base, waiting, columns);
     dx.resize(m * h, 0.0);
     linear_dx(pool, &s.d_logits, m, w.base.matrix(slots.router), dx, Write::Set, &mut s.transpose);
     pool.map_chunks(dx, h, |row, dx| {

@@ -8,7 +8,7 @@ use rft_kernels::{Pool, Write, add_columns, dropout, linear, linear_dx, take_col
 
 use crate::config::LoraConfig;
 use crate::error::{EngineError, Result};
-use crate::model::params::{Arena, Part, Shape, SlotId};
+use crate::model::params::{Arena, Part, Shape, SlotId, WaitingRows};
 use crate::model::policy::Projection;
 use crate::model::spec::ModelSpec;
 use crate::rng::{Purpose, Stream};
@@ -232,6 +232,7 @@ impl Adapter {
         dy: &[f32],
         dx: &mut [f32],
         grads: &mut [f32],
+        waiting: &mut WaitingRows,
         drop: Option<DropKeys>,
         scratch: &mut LoraScratch,
     ) {
@@ -243,10 +244,11 @@ impl Adapter {
             let x = if mask.is_some() { &scratch.dropped } else { x };
             take_columns(pool, dy, dy.len() / m, site.offset, m, site.n, site.scaling, &mut scratch.high);
             let columns = &mut scratch.columns;
-            self.arena.add_weight_gradient(pool, site.b, &scratch.high, &scratch.low, m, grads, columns);
+            let (low, high) = (&scratch.low, &scratch.high);
+            self.arena.add_weight_gradient(pool, site.b, high, low, m, grads, waiting, columns);
             scratch.d_low.resize(m * a.n, 0.0);
             linear_dx(pool, &scratch.high, m, b, &mut scratch.d_low, Write::Set, &mut scratch.transpose);
-            self.arena.add_weight_gradient(pool, site.a, &scratch.d_low, x, m, grads, columns);
+            self.arena.add_weight_gradient(pool, site.a, &scratch.d_low, x, m, grads, waiting, columns);
             match mask {
                 Some(keys) => {
                     let d = &mut scratch.dropped;

@@ -8,11 +8,12 @@
 //! instead ([`Arena::with_quantized`]).
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::ops::Range;
 
 use rft_kernels::{
-    Buffer, Code, Matrix, PANEL, Pool, Quantized, bf16_panels_len, bias_backward, linear_dw, pack_panels,
-    panels_len, take_columns, to_bf16_panels, unpack_panels,
+    Buffer, Code, Matrix, PANEL, Pool, Quantized, Waiting, bf16_panels_len, bias_backward, linear_dw,
+    pack_panels, panels_len, take_columns, to_bf16_panels, unpack_panels,
 };
 
 use crate::error::Result;
@@ -51,6 +52,9 @@ impl Shape {
         }
     }
 }
+
+/// Rows that wait for their block of a bf16 weight gradient, by where the gradient lies in its buffer.
+pub type WaitingRows = BTreeMap<usize, Waiting>;
 
 /// A Hugging Face tensor inside a slot.
 #[derive(Debug, Clone)]
@@ -313,7 +317,8 @@ impl Arena {
     }
 
     /// Adds the gradient of a matrix's trained rows, `dy [m, n]` transposed times `x [m, k]`, to a gradient buffer.
-    /// Frozen rows cost nothing, except those that share a panel with trained ones (see [`Arena::clear_frozen`]).
+    /// Frozen rows cost nothing, except those that share a panel with trained ones (see [`Arena::clear_frozen`]). In bf16 rows of an
+    /// unfinished block wait for [`Arena::finish_weight_gradients`].
     #[allow(clippy::too_many_arguments)]
     pub fn add_weight_gradient(
         &self,
@@ -323,6 +328,7 @@ impl Arena {
         x: &[f32],
         m: usize,
         grads: &mut [f32],
+        waiting: &mut WaitingRows,
         scratch: &mut Vec<f32>,
     ) {
         let slot = &self.slots[id];
@@ -330,8 +336,33 @@ impl Arena {
         let bf16 = !self.bf16.is_empty();
         for run in &slot.trained {
             let dy = columns(pool, dy, m, n, &run.span, scratch);
-            linear_dw(pool, dy, x, m, run.span.len(), k, &mut grads[run.grad.clone()], bf16);
+            let (rows, dw) = (run.span.len(), &mut grads[run.grad.clone()]);
+            if bf16 {
+                let waiting = waiting.entry(run.grad.start).or_insert_with(|| Waiting::new(rows, k));
+                waiting.linear_dw(pool, dy, x, m, dw);
+            } else {
+                linear_dw(pool, dy, x, m, rows, k, dw, false);
+            }
         }
+    }
+
+    /// Adds the rows that [`Arena::add_weight_gradient`] left waiting.
+    pub fn finish_weight_gradients(&self, pool: &Pool, grads: &mut [f32], waiting: &mut WaitingRows) {
+        for run in self.slots.iter().flat_map(|slot| &slot.trained) {
+            if let Some(waiting) = waiting.get_mut(&run.grad.start) {
+                waiting.finish(pool, &mut grads[run.grad.clone()]);
+            }
+        }
+    }
+
+    /// Most bytes that waiting rows take in bf16.
+    pub fn waiting_bytes(&self) -> usize {
+        let runs = self.slots.iter().flat_map(|slot| slot.trained.iter().map(move |run| (slot.shape, run)));
+        let bytes = runs.map(|(shape, run)| match shape {
+            Shape::Matrix { k, .. } => Waiting::most_bytes(run.span.len(), k),
+            Shape::Vector(_) => 0,
+        });
+        bytes.sum()
     }
 
     /// Adds the gradient of a bias's trained elements, the sum of the rows of `dy [m, n]`.

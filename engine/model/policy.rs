@@ -6,14 +6,14 @@
 
 use std::borrow::Cow;
 
-use rft_kernels::{Act, AttnShape, Code, Pool, Rope, Write, add_bias, linear, linear_dx};
+use rft_kernels::{Act, AttnShape, Code, Pool, Rope, Waiting, Write, add_bias, linear, linear_dx};
 
 use crate::config::{LoraConfig, ModelConfig, NewModelConfig, Precision, Quantize};
 use crate::error::Result;
 use crate::model::experts::ExpertSlots;
 use crate::model::freeze::{Candidate, trained_names};
 use crate::model::lora::{Adapter, DropKeys, LoraScratch};
-use crate::model::params::{Arena, Part, Shape, SlotId};
+use crate::model::params::{Arena, Part, Shape, SlotId, WaitingRows};
 use crate::model::rows::fill_slot;
 use crate::model::source::ModelSource;
 use crate::model::spec::{Activation, ModelSpec};
@@ -141,6 +141,10 @@ pub struct Grads {
     pub base: Vec<f32>,
     /// The same of the adapter.
     pub adapter: Vec<f32>,
+    /// Rows that are not yet in `base`.
+    pub base_waiting: WaitingRows,
+    /// Rows that are not yet in `adapter`.
+    pub adapter_waiting: WaitingRows,
 }
 
 /// Buffers of [`Weights::project`] and its backward.
@@ -441,6 +445,7 @@ impl Policy {
         Grads {
             base: vec![0.0; self.base.trainable_len()],
             adapter: vec![0.0; self.adapter.as_ref().map_or(0, |a| a.arena.trainable_len())],
+            ..Grads::default()
         }
     }
 
@@ -509,6 +514,7 @@ impl Grads {
     pub fn clear(&mut self) {
         self.base.fill(0.0);
         self.adapter.fill(0.0);
+        self.base_waiting.values_mut().chain(self.adapter_waiting.values_mut()).for_each(Waiting::clear);
     }
 }
 
@@ -604,14 +610,16 @@ impl<'a> Weights<'a> {
         let m = x.len() / weight.k;
         dx.resize(m * weight.k, 0.0);
         linear_dx(pool, dy, m, weight, dx, Write::Set, &mut scratch.transpose);
-        self.base.add_weight_gradient(pool, id, dy, x, m, &mut grads.base, &mut scratch.columns);
+        let (base, waiting) = (&mut grads.base, &mut grads.base_waiting);
+        self.base.add_weight_gradient(pool, id, dy, x, m, base, waiting, &mut scratch.columns);
         if let Some(bias) = slots.bias[projection as usize] {
             self.base.add_bias_gradient(pool, bias, dy, m, &mut grads.base, &mut scratch.columns);
         }
         if let Some(adapter) = self.adapter {
             let ProjectScratch { lora, drop, .. } = scratch;
             let drop = drop.as_ref().map(|(step, rows)| DropKeys { step: *step, rows });
-            adapter.backward(pool, layer, projection, x, m, dy, dx, &mut grads.adapter, drop, lora);
+            let (grads, waiting) = (&mut grads.adapter, &mut grads.adapter_waiting);
+            adapter.backward(pool, layer, projection, x, m, dy, dx, grads, waiting, drop, lora);
         }
     }
 }

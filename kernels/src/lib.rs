@@ -41,7 +41,7 @@ pub use columns::{add_bias, add_columns, bias_backward, take_columns};
 pub use distribution::{RowStats, Warp, argmax, draw, row_backward, warp_row};
 pub use dropout::dropout;
 pub use gemm::{
-    Bf16Rule, Matrix, STEP, Write, bf16_panels_len, bf16_rule, linear, linear_dw, linear_dx,
+    Bf16Rule, Matrix, STEP, Waiting, Write, bf16_panels_len, bf16_rule, linear, linear_dw, linear_dx,
     select_bf16_rule, to_bf16_panels,
 };
 pub use isa::{Isa, isa, select_isa};

@@ -142,6 +142,27 @@ proptest! {
     }
 
     #[test]
+    fn a_bf16_weight_gradient_whose_rows_may_wait_has_the_same_bits_for_all_cuts(
+        m in 1usize..300, n in 1usize..70, k in 1usize..70, cuts in prop::collection::vec(0.0f64..1.0, 0..5),
+    ) {
+        let _steady = steady();
+        let pool = Pool::new(2);
+        let case = Case::new(m, n, k, 3);
+        let mut whole = panels(&numbers(n * k, 9), n, k);
+        let mut split = whole.clone();
+        linear_dw(&pool, &case.dy, &case.x, m, n, k, &mut whole, true);
+        let mut cuts: Vec<usize> = cuts.iter().map(|cut| (cut * m as f64) as usize).chain([0, m]).collect();
+        cuts.sort_unstable();
+        let mut waiting = Waiting::new(n, k);
+        for (from, to) in cuts.iter().zip(&cuts[1..]) {
+            let (dy, x) = (&case.dy[from * n..to * n], &case.x[from * k..to * k]);
+            waiting.linear_dw(&pool, dy, x, to - from, &mut split);
+        }
+        waiting.finish(&pool, &mut split);
+        prop_assert_eq!(bits(&whole), bits(&split));
+    }
+
+    #[test]
     fn nan_and_infinity_stay_in_their_row(m in 2usize..40, n in 1usize..40, k in 1usize..40, bf16 in any::<bool>()) {
         let _steady = steady();
         let mut case = Case::new(m, n, k, 5);
@@ -159,6 +180,38 @@ proptest! {
             }
         }
     }
+}
+
+/// Sizes of which rows, sums and panels are cut in every way: blocks of rows, pieces of panels, runs, outputs beyond the caches.
+#[test]
+fn large_bf16_products_have_the_bits_of_single_rows() {
+    let (m, n, k) = (1100, 544, 690);
+    let case = Case::new(m, n, k, 21);
+    under_every_bf16_rule(|_| {
+        for write in [Write::Set, Write::Add] {
+            let all = case.run(2, true, write, 0.5);
+            assert_eq!(bits(&all[2]), bits(&case.run(3, true, write, 0.5)[2]));
+            for row in [0, 31, 511, 512, 777, m - 1] {
+                let one = Case {
+                    m: 1,
+                    x: case.x[row * k..][..k].to_vec(),
+                    dy: case.dy[row * n..][..n].to_vec(),
+                    w: case.w.clone(),
+                    ..case
+                };
+                let alone = one.run(1, true, write, 0.5);
+                assert_eq!(bits(&all[0][row * n..][..n]), bits(&alone[0]));
+                assert_eq!(bits(&all[1][row * k..][..k]), bits(&alone[1]));
+            }
+        }
+        let rounded = case.rounded();
+        let dw = &case.run(2, true, Write::Set, 0.0)[2];
+        for (i, j) in [(0, 0), (543, 689), (31, 512), (32, 511), (100, 288)] {
+            let rows = (0..m).map(|r| f64::from(rounded.dy[r * n + i]) * f64::from(rounded.x[r * k + j]));
+            let (want, got) = (rows.sum::<f64>(), f64::from(dw[i * k + j]));
+            assert!((want - got).abs() < tolerance(m), "dW[{i}, {j}] is {got}, not {want}");
+        }
+    });
 }
 
 #[test]

@@ -37,8 +37,8 @@ pub(super) const PANEL_STEP: usize = PANEL * STEP;
 /// Elements of a transposed part of the weights: 2 MiB.
 const TRANSPOSED: usize = 1024 * 1024;
 
-/// Rows of a weight gradient that are packed at a time; a multiple of [`STEP`].
-const GRADIENT_ROWS: usize = 768;
+/// Blocks of rows of a weight gradient that are packed at a time.
+const GRADIENT_STEPS: usize = 24;
 
 /// How the summands of a step are added to an f32 sum.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -224,9 +224,11 @@ pub(super) fn input_gradient(
     });
 }
 
-/// dW[n, k] += dyᵀ·x. The tiles of the left factor hold x transposed, 16 inputs × 32 rows; dy becomes panels of pairs of rows.
+/// dW[n, k] += dyᵀ·x over the rows of `first`, a whole block or nothing, and then m more. The tiles of the left factor hold x
+/// transposed, 16 inputs × 32 rows; dy becomes panels of pairs of rows.
 pub(super) fn weight_gradient(
     pool: &Pool,
+    first: Option<(&[f32], &[f32])>,
     dy: &[f32],
     x: &[f32],
     m: usize,
@@ -236,27 +238,33 @@ pub(super) fn weight_gradient(
 ) {
     let dw = Shared::new(dw_panels);
     let (inputs, panels) = (k.div_ceil(TILE_ROWS), n.div_ceil(PANEL));
+    let all = usize::from(first.is_some()) + m.div_ceil(STEP);
+    let block = |step: usize| match first {
+        Some((dy, x)) if step == 0 => (dy, x, STEP),
+        _ => {
+            let from = (step - usize::from(first.is_some())) * STEP;
+            (&dy[from * n..], &x[from * k..], STEP.min(m - from))
+        }
+    };
     PACKED.with_borrow_mut(|(left, right)| {
-        for from in (0..m).step_by(GRADIENT_ROWS) {
-            let rows = GRADIENT_ROWS.min(m - from);
-            let steps = rows.div_ceil(STEP);
+        for from in (0..all).step_by(GRADIENT_STEPS) {
+            let steps = GRADIENT_STEPS.min(all - from);
             left.reserve(inputs.next_multiple_of(2) * steps * TILE);
             right.reserve(panels * steps * PANEL_STEP);
             let (lefts, rights) = (Shared::new(left), Shared::new(right));
             pool.run(steps, |step| {
-                let rows = STEP.min(rows - step * STEP);
-                let first = from + step * STEP;
+                let (dy, x, rows) = block(from + step);
                 for t in 0..inputs {
                     // SAFETY: each step of each tile belongs to one item.
                     let tile = unsafe { lefts.part((t * steps + step) * TILE, TILE) };
                     let columns = TILE_ROWS.min(k - t * TILE_ROWS);
-                    transpose_rows(&x[first * k + t * TILE_ROWS..], k, rows, columns, tile);
+                    transpose_rows(&x[t * TILE_ROWS..], k, rows, columns, tile);
                 }
                 for p in 0..panels {
                     // SAFETY: as above.
                     let to = unsafe { rights.part((p * steps + step) * PANEL_STEP, PANEL_STEP) };
                     let columns = PANEL.min(n - p * PANEL);
-                    pair_strided_rows(&dy[first * n + p * PANEL..], n, rows, columns, to);
+                    pair_strided_rows(&dy[p * PANEL..], n, rows, columns, to);
                 }
             });
             let right = Right { panels: right, pairs: steps * PAIRS };

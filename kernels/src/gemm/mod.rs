@@ -6,7 +6,8 @@
 //!
 //! **bf16**: both factors are rounded to bf16 (to nearest even) and summed in f32, by blocks of [`STEP`] summands counted from
 //! the start of the call (a short last block is filled with zeros). How a block is summed is the hardware's rule ([`Bf16Rule`]),
-//! the same for every shape within a process. A weight gradient cut at multiples of [`STEP`] rows keeps its bits.
+//! the same for every shape within a process. A weight gradient cut at multiples of [`STEP`] rows keeps its bits; one cut anywhere
+//! does if the rows of an unfinished block wait for the next call ([`Waiting`]).
 
 mod amx;
 mod bf16;
@@ -111,8 +112,68 @@ pub fn linear_dw(
     assert_eq!(x.len(), m * k, "x is [m, k]");
     assert_eq!(dw_panels.len(), panels_len(n, k), "panels of [n, k]");
     if bf16 {
-        bf16::weight_gradient(pool, dy, x, m, n, k, dw_panels);
+        bf16::weight_gradient(pool, None, dy, x, m, n, k, dw_panels);
     } else {
         f32::weight_gradient(pool, dy, x, m, n, k, dw_panels);
+    }
+}
+
+/// Rows of a bf16 weight gradient that wait for their block of [`STEP`] to fill, so that its bits do not depend on how the rows
+/// were cut into calls.
+#[derive(Clone, Debug)]
+pub struct Waiting {
+    n: usize,
+    k: usize,
+    dy: Vec<f32>,
+    x: Vec<f32>,
+}
+
+impl Waiting {
+    /// No rows, for a gradient of [n, k].
+    pub fn new(n: usize, k: usize) -> Waiting {
+        Waiting { n, k, dy: Vec::new(), x: Vec::new() }
+    }
+
+    /// Most bytes that rows for a gradient of [n, k] take.
+    pub fn most_bytes(n: usize, k: usize) -> usize {
+        STEP * (n + k) * size_of::<f32>()
+    }
+
+    /// Forgets the rows.
+    pub fn clear(&mut self) {
+        self.dy.clear();
+        self.x.clear();
+    }
+
+    /// As [`linear_dw`] in bf16, except that the rows of the last, unfinished block wait here.
+    pub fn linear_dw(&mut self, pool: &Pool, dy: &[f32], x: &[f32], m: usize, dw_panels: &mut [f32]) {
+        let (n, k) = (self.n, self.k);
+        assert_eq!(dy.len(), m * n, "dy is [m, n]");
+        assert_eq!(x.len(), m * k, "x is [m, k]");
+        assert_eq!(dw_panels.len(), panels_len(n, k), "panels of [n, k]");
+        let waiting = self.dy.len() / n.max(1);
+        // What fills the block that has begun, whole blocks, and what waits again.
+        let filling = if waiting == 0 { 0 } else { m.min(STEP - waiting) };
+        self.dy.extend_from_slice(&dy[..filling * n]);
+        self.x.extend_from_slice(&x[..filling * k]);
+        let full = waiting + filling == STEP;
+        let end = filling + (m - filling) / STEP * STEP;
+        if full || end > filling {
+            let first = full.then_some((&self.dy[..], &self.x[..]));
+            let (dy, x) = (&dy[filling * n..end * n], &x[filling * k..end * k]);
+            bf16::weight_gradient(pool, first, dy, x, end - filling, n, k, dw_panels);
+        }
+        if full {
+            self.clear();
+        }
+        self.dy.extend_from_slice(&dy[end * n..]);
+        self.x.extend_from_slice(&x[end * k..]);
+    }
+
+    /// Adds the rows that wait, their block filled with zeros.
+    pub fn finish(&mut self, pool: &Pool, dw_panels: &mut [f32]) {
+        let rows = self.dy.len() / self.n.max(1);
+        linear_dw(pool, &self.dy, &self.x, rows, self.n, self.k, dw_panels, true);
+        self.clear();
     }
 }
