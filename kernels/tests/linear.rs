@@ -185,13 +185,13 @@ proptest! {
 /// Sizes of which rows, sums and panels are cut in every way: blocks of rows, pieces of panels, runs, outputs beyond the caches.
 #[test]
 fn large_bf16_products_have_the_bits_of_single_rows() {
-    let (m, n, k) = (1100, 544, 690);
+    let (m, n, k) = (530, 1000, 330);
     let case = Case::new(m, n, k, 21);
     under_every_bf16_rule(|_| {
         for write in [Write::Set, Write::Add] {
             let all = case.run(2, true, write, 0.5);
             assert_eq!(bits(&all[2]), bits(&case.run(3, true, write, 0.5)[2]));
-            for row in [0, 31, 511, 512, 777, m - 1] {
+            for row in [0, 287, 288, m - 1] {
                 let one = Case {
                     m: 1,
                     x: case.x[row * k..][..k].to_vec(),
@@ -206,7 +206,7 @@ fn large_bf16_products_have_the_bits_of_single_rows() {
         }
         let rounded = case.rounded();
         let dw = &case.run(2, true, Write::Set, 0.0)[2];
-        for (i, j) in [(0, 0), (543, 689), (31, 512), (32, 511), (100, 288)] {
+        for (i, j) in [(0, 0), (999, 329), (31, 200), (32, 311), (512, 288)] {
             let rows = (0..m).map(|r| f64::from(rounded.dy[r * n + i]) * f64::from(rounded.x[r * k + j]));
             let (want, got) = (rows.sum::<f64>(), f64::from(dw[i * k + j]));
             assert!((want - got).abs() < tolerance(m), "dW[{i}, {j}] is {got}, not {want}");
