@@ -39,7 +39,8 @@ fn policy(pool: &Pool, precision: Precision) -> Policy {
 fn requests(prompts: usize, samples: usize) -> Vec<Request> {
     let prompt = |index: usize| {
         let tokens = (0..PROMPT).map(|i| ((i * 7 + index * 3 + i * index) % 16) as u32).collect();
-        Prompt { index, id: index.to_string(), text: String::new(), tokens, fields: Arc::default() }
+        let (id, task, fields) = (index.to_string(), Arc::default(), Arc::default());
+        Prompt { index, id, text: String::new(), tokens, task, fields }
     };
     (0..prompts).map(|i| Request { prompt: Arc::new(prompt(i)), samples }).collect()
 }

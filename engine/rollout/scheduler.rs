@@ -3,10 +3,10 @@
 //! A group's prompt is prefilled once; its samples then fork the prompt's block table, and a block that several
 //! hold is copied when one of them writes to it. Full blocks that a prompt shares with an earlier one are computed
 //! once too: the later one holds them as soon as the earlier has them in its table, and reads them in the pass that
-//! stores them at the earliest (a pass stores the keys of all its rows before any of them looks). When blocks run out, the newest sample gives its blocks back and
-//! is recomputed later; groups are served oldest first and nothing overtakes, so every group ends. Since a draw
-//! depends on (seed, step, prompt, sample, token) alone and a row's numbers on its own sequence alone, none of
-//! these decisions changes a result.
+//! stores them at the earliest (a pass stores the keys of all its rows before any of them looks). When blocks run
+//! out, the newest sample gives its blocks back and is recomputed later; groups are served oldest first and nothing
+//! overtakes, so every group ends. Since a draw depends on (seed, step, prompt, sample, token) alone and a row's
+//! numbers on its own sequence alone, none of these decisions changes a result.
 
 use std::collections::HashMap;
 
@@ -145,15 +145,13 @@ impl<'a> Scheduler<'a> {
     /// Fills `plan` with the next pass's rows; at least one row unless everything is done.
     pub fn plan(&mut self, plan: &mut Plan) {
         self.try_plan(plan);
-        let mut more = true;
-        while plan.runs.is_empty() && more {
-            // No sample runs (the last one may have just given up its blocks), and prompts that wait for room to start
+        while plan.runs.is_empty() {
+            // No sample runs any more: the last one has just given up its blocks, or prompts that wait for room to start
             // theirs hold what the oldest needs.
             self.try_plan(plan);
-            more = !plan.runs.is_empty() || self.preempt_newest_after(Owner::Prompt(self.first_active));
-        }
-        if plan.runs.is_empty() {
-            self.try_plan(plan);
+            if plan.runs.is_empty() && !self.preempt_newest_after(Owner::Prompt(self.first_active)) {
+                return;
+            }
         }
     }
 
