@@ -99,7 +99,7 @@ fn each_change_is_said_once_and_each_step_is_counted() {
     assert!(lines[1].starts_with("step 5: not learning (no_reward)"));
     assert_eq!(lines[2], "step 6: learning again, after 1 steps of no_reward");
     // the failure itself is said too
-    assert_eq!(text.matches("no verdict today").count(), 1, "{text}");
+    assert_eq!(text.matches("calls of reward failed").count(), 1, "{text}");
     let counts = json!({"learning": 3, "zero_variance": 2, "no_reward": 1});
     assert_eq!(place.summary("run")["health"], counts);
     let page = std::fs::read_to_string(place.at("run/report.html")).unwrap();

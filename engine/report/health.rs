@@ -152,6 +152,10 @@ impl History {
     pub fn assess(&self, s: &Signs) -> Verdict {
         let share = |n: usize, of: usize| n as f64 / of.max(1) as f64;
         let percent = |x: f64| format!("{:.0} %", 100.0 * x);
+        if s.completions == 0 {
+            let why = "no group was left to train on: all that was drawn was filtered out".to_string();
+            return because(Health::ZeroVariance, why);
+        }
         let untaught = s.taught == 0 && !s.imitates;
         if s.rewarded == 0 {
             let all = s.completions;
@@ -289,6 +293,7 @@ mod tests {
         let collapsed = Signs { entropy: 0.079, zero_variance_groups: 2, ..g() };
         let table: Vec<(Health, Signs)> = vec![
             (Health::Learning, g()),
+            (Health::ZeroVariance, Signs { groups: 0, completions: 0, rewarded: 0, taught: 0, ..g() }),
             (Health::NoReward, Signs { rewarded: 0, taught: 0, ..g() }),
             (Health::RewardErrors, Signs { failed: 8, ..g() }),
             (Health::Learning, Signs { failed: 7, ..g() }),

@@ -74,7 +74,11 @@ impl Run {
                 learner.score(&self.pool, &self.policy.weights(), &batch.groups, &sampling.warp()).entropies;
             batch.keep_uncertain(&entropies, self.recipe.algorithm.objective.top_entropy);
         }
-        let reference = self.reference_logprobs(learner, &batch.groups, &sampling.warp());
+        // a later stage may have no KL term though an earlier one had
+        let reference = match self.recipe.algorithm.objective.needs_reference() {
+            true => self.reference_logprobs(learner, &batch.groups, &sampling.warp()),
+            false => None,
+        };
         let advantages = self.advantages(groups, &batch, reference.as_deref());
         let imitation = imitation(&self.tasks, &self.state, &shown)?;
         let (mut all_groups, mut ids) = (batch.groups.clone(), ids_of(groups));
@@ -136,7 +140,9 @@ impl Run {
                 imitated = likelihood;
             }
         }
-        self.advance_reference();
+        if reference.is_some() {
+            self.advance_reference();
+        }
         let learner_s = start.elapsed().as_secs_f64();
 
         let tokens = first.tokens.max(1) as f64;
@@ -272,7 +278,7 @@ impl Run {
             mask_truncated: self.recipe.algorithm.mask_truncated,
             clip_fraction: all.clipped as f64 / all.tokens.max(1) as f64,
             entropy: first.entropy / first.tokens.max(1) as f64,
-            kl: self.reference.is_some().then(|| first.kl / first.tokens.max(1) as f64),
+            kl: self.recipe.algorithm.objective.needs_reference().then(|| first.kl / first.tokens.max(1) as f64),
             kl_target: kl.target(),
             grad_norm: stats.grad_norm,
             max_grad_norm: self.recipe.optimizer.max_grad_norm,
