@@ -202,7 +202,7 @@ fn refill_replaces_groups_without_variance() {
     let samples = lines(&folder.at("two/samples.jsonl"));
     for row in &record.metrics {
         let (drawn, kept) = (number(row, "groups_drawn"), number(row, "groups_kept"));
-        assert!(kept <= 6.0 && drawn >= 6.0 && drawn <= 18.0, "{row:?}");
+        assert!(kept <= 6.0 && (6.0..=18.0).contains(&drawn), "{row:?}");
         assert_eq!(drawn - kept, number(row, "zero_variance_groups"), "{row:?}");
         refilled += usize::from(drawn > 6.0);
         let of_step: Vec<_> = samples.iter().filter(|s| s["step"] == row["step"]).collect();

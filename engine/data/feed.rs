@@ -236,6 +236,7 @@ fn wanted(seed: u64, task: &TaskOrder, number: usize, own: usize, position: u64,
 }
 
 #[cfg(test)]
+#[expect(clippy::single_range_in_vec_init, reason = "a list of one task")]
 mod tests {
     use super::*;
 

@@ -256,7 +256,10 @@ impl Run {
         all: &LossSums,
         stats: &UpdateStats,
     ) -> Signs {
-        let kl = &self.recipe.algorithm.objective.kl;
+        let (kl, has_kl) = {
+            let objective = &self.recipe.algorithm.objective;
+            (&objective.kl, objective.needs_reference())
+        };
         let full: f64 = groups.iter().map(|g| self.recipe.full_reward(&g.group.prompt.task)).sum();
         let outcomes = || groups.iter().flat_map(|g| &g.outcomes);
         let completions = || groups.iter().flat_map(|g| &g.group.completions);
@@ -278,7 +281,7 @@ impl Run {
             mask_truncated: self.recipe.algorithm.mask_truncated,
             clip_fraction: all.clipped as f64 / all.tokens.max(1) as f64,
             entropy: first.entropy / first.tokens.max(1) as f64,
-            kl: self.recipe.algorithm.objective.needs_reference().then(|| first.kl / first.tokens.max(1) as f64),
+            kl: has_kl.then(|| first.kl / first.tokens.max(1) as f64),
             kl_target: kl.target(),
             grad_norm: stats.grad_norm,
             max_grad_norm: self.recipe.optimizer.max_grad_norm,
