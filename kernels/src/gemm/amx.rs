@@ -115,6 +115,7 @@ impl Tiles {
 }
 
 /// Rows of 32 sums.
+#[cfg(target_arch = "x86_64")]
 #[derive(Clone, Copy)]
 pub(super) struct Rows {
     pub start: *mut u8,
@@ -123,6 +124,7 @@ pub(super) struct Rows {
 }
 
 /// What to fetch during a block; addresses may lie anywhere.
+#[cfg(target_arch = "x86_64")]
 #[derive(Clone, Copy)]
 pub(super) struct Ahead {
     /// Lines that come next in some panel.

@@ -4,10 +4,12 @@
 //! steps, so that the piece stays in L1 while the rows stream by; sums wait in a small buffer between pieces, the next panel is
 //! fetched meanwhile, and large outputs are written past the caches. None of this changes the order of a sum.
 
+#[cfg(target_arch = "x86_64")]
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use super::Write;
+#[cfg(target_arch = "x86_64")]
 use super::amx;
 use super::bf16::{Bf16Rule, PAIRS, PANEL_STEP, TILE, TILE_ROWS, bf16_rule};
 use crate::panel::PANEL;
