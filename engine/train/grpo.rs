@@ -350,7 +350,7 @@ pub(super) fn sample_rows<'a>(
                 "reward": outcome.reward,
                 "components": components,
                 "errors": outcome.errors,
-                "advantage": advantage,
+                "advantage": shortest(*advantage),
                 "finish_reason": completion.finish,
                 "tokens": completion.tokens,
                 "token_ends": completion.token_ends,
