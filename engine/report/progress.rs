@@ -16,6 +16,8 @@ pub struct Progress {
     label: String,
     total: u64,
     first: u64,
+    /// Steps of reinforcement in earlier stages, once a step tells.
+    before: Option<u64>,
     started: Instant,
 }
 
@@ -41,7 +43,7 @@ impl Progress {
             let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::stderr());
             bar.with_style(style).with_prefix(label.to_string()).with_position(first)
         });
-        Self { bar, label: label.to_string(), total, first, started: Instant::now() }
+        Self { bar, label: label.to_string(), total, first, before: None, started: Instant::now() }
     }
 
     /// One step of supervised fine-tuning.
@@ -62,7 +64,8 @@ impl Progress {
             "reward {:.3}{components}  kl {:.4}  entropy {:.2}  {:.0} tok/s rollout  {:.0} tok/s learner{eval}",
             m.reward_mean, m.kl, m.entropy, m.rollout_tokens_per_s, m.learner_tokens_per_s
         );
-        self.line(m.step, &text);
+        let before = *self.before.get_or_insert(m.step.saturating_sub(self.first + 1));
+        self.line(m.step.saturating_sub(before), &text);
     }
 
     /// One step of preference optimisation.
