@@ -5,13 +5,15 @@
 
 use std::fmt::{self, Write as _};
 
-use rft_kernels::BLOCK;
+use rft_kernels::{BLOCK, held_bytes};
 
 use crate::config::{Precision, Recipe, Recompute};
 use crate::error::{EngineError, Result};
 use crate::learner::optimizer::Moments;
-use crate::model::backprop::{LOGITS_CHUNK_BYTES, activation_bytes_per_row};
+use crate::model::backprop::chunk_targets;
+use crate::model::footprint::{rollout_bytes, training_bytes, waiting_bytes};
 use crate::model::policy::Policy;
+use crate::rollout::engine::PREFILL_ROWS;
 use crate::rollout::sampler::logits_rows;
 
 /// Micro-batches above this many rows are no faster (the kernels are at their peak) and only take memory.
@@ -20,8 +22,33 @@ const MAX_ROWS: usize = 4096;
 /// Micro-batches of fewer rows leave the kernels below their peak; then layers' activations are rather made again.
 const FULL_SPEED_ROWS: usize = 512;
 
-/// Program, tokenizer, Lua states and allocator slack, measured at 40–90 MB.
-const PROGRAM_BYTES: usize = 96 << 20;
+/// The program's own pages, thread stacks and small allocations: 18 MiB of the file and 4 MiB, measured.
+const PROGRAM_BYTES: usize = 22 << 20;
+
+/// A Lua state with the `rft` library and a shipped verifier, measured.
+const STATE_BYTES: usize = 1 << 20;
+
+/// A token of the vocabulary in the tokenizer's tables, with those of a model's file, measured.
+const VOCAB_ENTRY_BYTES: usize = 450;
+
+/// A row of data with its fields, beside three times its text (fields, prompt, tokens), measured.
+const ROW_BYTES: usize = 3000;
+
+/// A token of a step's completions in the rows of `samples.jsonl` before they are written: three JSON numbers and its text.
+const SAMPLE_TOKEN_BYTES: usize = 150;
+
+/// What the data of a run say about its memory.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct DataSize {
+    /// Tokens of the longest prompt.
+    pub prompt_tokens: usize,
+    /// Most prompt tokens of a step.
+    pub step_prompt_tokens: usize,
+    /// Rows, held-out ones too.
+    pub rows: usize,
+    /// Bytes of their prompts.
+    pub text: usize,
+}
 
 /// Bytes by purpose, and the sizes that follow from the budget.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -40,7 +67,9 @@ pub struct MemoryPlan {
     pub logits: usize,
     /// Activations of one micro-batch.
     pub activations: usize,
-    /// Everything else.
+    /// A pass of the rollouts.
+    pub rollout: usize,
+    /// Everything else: the program, tokenizer, rows, Lua states.
     pub program: usize,
     /// The budget.
     pub budget: usize,
@@ -53,12 +82,11 @@ pub struct MemoryPlan {
 }
 
 impl MemoryPlan {
-    /// Plans a run of `recipe` over `policy` that keeps `reference` bytes of a reference policy and whose longest prompt
-    /// has `prompt_tokens` tokens.
+    /// Plans a run of `recipe` over `policy` and such data that keeps `reference` bytes of a reference policy.
     ///
     /// # Errors
     /// A budget that cannot hold the run, with what to lower.
-    pub fn new(recipe: &Recipe, policy: &Policy, reference: usize, prompt_tokens: usize) -> Result<Self> {
+    pub fn new(recipe: &Recipe, policy: &Policy, reference: usize, data: DataSize) -> Result<Self> {
         let spec = &policy.spec;
         let rollout = &recipe.rollout;
         let base = policy.base.bytes();
@@ -68,41 +96,54 @@ impl MemoryPlan {
         let waiting = if bf16 { policy.trainable().waiting_bytes() } else { 0 };
         let samples = rollout.prompts_per_step * rollout.group_size;
 
+        let prompt_tokens = data.prompt_tokens;
         let element_bytes = if rollout.kv_precision == Precision::Bf16 { 2 } else { 4 };
-        let block_bytes = 2 * element_bytes * BLOCK * spec.kv_heads * spec.head_dim * spec.layers;
+        let layer_block = element_bytes * BLOCK * spec.kv_heads * spec.head_dim;
+        let block_bytes = 2 * layer_block * spec.layers;
         let sample_blocks = rollout.max_new_tokens.div_ceil(BLOCK) + 1;
         let step_blocks = rollout.prompts_per_step * prompt_tokens.div_ceil(BLOCK) + samples * sample_blocks;
         let fewest_blocks = prompt_tokens.div_ceil(BLOCK) + sample_blocks;
+        let longest = prompt_tokens + rollout.max_new_tokens;
+        let step_rows = data.step_prompt_tokens + samples * rollout.max_new_tokens;
+        let weights = policy.weights();
+        let copies = 1 + usize::from(spec.final_softcap.is_some());
+        let scripts = recipe.reward.len() * recipe.devices.thread_count();
+        let decoding = samples.max(recipe.data.heldout * recipe.eval.samples);
+        let program = PROGRAM_BYTES
+            + scripts * STATE_BYTES
+            + spec.vocab * VOCAB_ENTRY_BYTES
+            + data.rows * ROW_BYTES
+            + 3 * data.text
+            + samples * rollout.max_new_tokens * SAMPLE_TOKEN_BYTES;
 
         let mut plan = Self {
             weights: base + adapter,
             // a meta-gradient is the product of two gradients
-            gradients: (4 * trainable + waiting) * if recipe.has_meta_gradient() { 2 } else { 1 },
+            gradients: (4 * trainable + waiting) * if recipe.has_meta_gradient() { 2 } else { 1 }
+                + waiting_bytes(&weights, step_rows),
             moments: Moments::planned_bytes(policy.trainable(), &recipe.optimizer),
             reference,
             kv: 0,
-            logits: samples.min(logits_rows(spec.vocab)) * spec.vocab * 4
-                + (1 + usize::from(spec.final_softcap.is_some()))
-                    * LOGITS_CHUNK_BYTES.min(512 * spec.vocab * 4),
+            logits: held_bytes(decoding.min(logits_rows(spec.vocab)) * spec.vocab * 4)
+                + copies * held_bytes(chunk_targets(spec.vocab).min(step_rows) * spec.vocab * 4),
             activations: 0,
-            program: PROGRAM_BYTES,
+            rollout: rollout_bytes(&weights, PREFILL_ROWS + decoding.min(samples)),
+            program,
             budget: recipe.devices.memory_mb << 20,
             kv_blocks: 0,
             max_rows: 0,
             recompute: 0,
         };
-        let longest = prompt_tokens + rollout.max_new_tokens;
-        let step_rows = rollout.prompts_per_step * prompt_tokens + samples * rollout.max_new_tokens;
-        let per_row = |recompute| activation_bytes_per_row(&policy.weights(), recompute);
+        let bytes = |rows, recompute| training_bytes(&weights, rows, recompute);
         let most = spec.layers - 1;
-        let least_per_row = per_row(if recipe.train.recompute == Recompute::Off { 0 } else { most });
-        let fewest = longest * least_per_row + fewest_blocks * block_bytes;
+        let fewest = bytes(longest, if recipe.train.recompute == Recompute::Off { 0 } else { most })
+            + fewest_blocks * block_bytes;
         let left = plan.budget.saturating_sub(plan.total());
         if left < fewest {
             return Err(EngineError::Memory(format!(
                 "the run needs at least {} and devices.memory_mb allows {}\n{plan}\nhint: raise devices.memory_mb, or lower \
-                 rollout.max_new_tokens, data.max_prompt_tokens or the model; [model.lora] needs no gradients, moments \
-                 and reference of the base",
+                 rollout.max_new_tokens, data.max_prompt_tokens or the model; optimizer.state = \"int8\" takes a quarter of \
+                 the moments; [model.lora] needs no gradients, moments and reference of the base",
                 mib(plan.total() + fewest),
                 mib(plan.budget),
             )));
@@ -113,18 +154,41 @@ impl MemoryPlan {
             mb => (mb << 20).min(step_blocks * block_bytes),
         };
         plan.kv_blocks = (wanted / block_bytes).max(fewest_blocks);
-        plan.kv = plan.kv_blocks * block_bytes;
+        plan.kv = 2 * spec.layers * held_bytes(plan.kv_blocks * layer_block);
         let left = left.saturating_sub(plan.kv);
         let full_speed = FULL_SPEED_ROWS.min(step_rows).max(longest);
         plan.recompute = match recipe.train.recompute {
             Recompute::Off => 0,
             Recompute::On => most,
-            Recompute::Auto => (0..most).find(|&layers| full_speed * per_row(layers) <= left).unwrap_or(most),
+            Recompute::Auto => (0..most).find(|&layers| bytes(full_speed, layers) <= left).unwrap_or(most),
         };
-        let per_row = per_row(plan.recompute);
-        plan.max_rows = (left / per_row).clamp(longest, MAX_ROWS.max(longest)).min(step_rows.max(longest));
-        plan.activations = plan.max_rows * per_row;
+        let (mut fits, mut over) = (longest, MAX_ROWS.max(longest).min(step_rows.max(longest)) + 1);
+        while fits + 1 < over {
+            let rows = usize::midpoint(fits, over);
+            *(if bytes(rows, plan.recompute) <= left { &mut fits } else { &mut over }) = rows;
+        }
+        plan.max_rows = fits;
+        plan.activations = bytes(fits, plan.recompute);
         Ok(plan)
+    }
+
+    /// A line on the measured peak beside the plan, and a warning where it exceeded the budget.
+    pub fn beside(&self, peak: u64) -> String {
+        let peak = usize::try_from(peak).unwrap_or(usize::MAX);
+        let mut line = format!(
+            "  memory   peak {}, planned {} for steps of full length\n",
+            mib(peak),
+            mib(self.total())
+        );
+        if peak > self.budget {
+            let _ = writeln!(
+                line,
+                "warning: the peak is above devices.memory_mb = {}. hint: lower it by {}, so that the plan leaves room",
+                self.budget >> 20,
+                (peak - self.budget).div_ceil(1 << 20)
+            );
+        }
+        line
     }
 
     /// Bytes in all.
@@ -136,6 +200,7 @@ impl MemoryPlan {
             + self.kv
             + self.logits
             + self.activations
+            + self.rollout
             + self.program
     }
 }
@@ -158,7 +223,8 @@ impl fmt::Display for MemoryPlan {
             ("KV blocks", self.kv, format!("{} blocks of {BLOCK} positions", self.kv_blocks)),
             ("logits", self.logits, String::new()),
             ("activations", self.activations, activations),
-            ("program", self.program, String::new()),
+            ("rollout pass", self.rollout, String::new()),
+            ("program", self.program, "tokenizer, rows and Lua states with it".into()),
             ("total", self.total(), format!("budget {}", mib(self.budget))),
         ];
         for (name, bytes, note) in rows {

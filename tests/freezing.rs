@@ -8,7 +8,7 @@ use rft_engine::config::{ModelConfig, OptimizerConfig, Precision, Recipe};
 use rft_engine::learner::batch::GroupTokens;
 use rft_engine::learner::optimizer::Moments;
 use rft_engine::learner::step::{Learner, ScoreGrads};
-use rft_engine::memory::MemoryPlan;
+use rft_engine::memory::{DataSize, MemoryPlan};
 use rft_engine::model::params::Shape;
 use rft_engine::model::policy::Policy;
 use rft_engine::model::spec::ModelSpec;
@@ -127,13 +127,15 @@ fn what_trains_moves_as_in_a_full_run_and_what_is_frozen_keeps_its_bits() {
     }
 }
 
+const DATA: DataSize = DataSize { prompt_tokens: 20, step_prompt_tokens: 600, rows: 100, text: 2000 };
+
 #[test]
 fn the_memory_plan_counts_what_trains() {
     let recipe = Recipe::load(None, &[]).unwrap();
     let mut policy = policy();
-    let whole = MemoryPlan::new(&recipe, &policy, 0, 20).unwrap();
+    let whole = MemoryPlan::new(&recipe, &policy, 0, DATA).unwrap();
     policy.choose_trained(&choice(&["model.layers.0.self_attn.q_proj.weight"], &[], false), 0, 0).unwrap();
-    let plan = MemoryPlan::new(&recipe, &policy, 0, 20).unwrap();
+    let plan = MemoryPlan::new(&recipe, &policy, 0, DATA).unwrap();
     assert_eq!(plan.gradients, 4 * 32 * 24, "32 rows of 24 numbers");
     assert_eq!(plan.moments, 2 * plan.gradients);
     assert_eq!(plan.weights, whole.weights);
@@ -145,7 +147,7 @@ fn a_bf16_cache_holds_twice_the_blocks() {
     let plan = |more: &[&str]| {
         let sets: Vec<String> = more.iter().map(|s| s.to_string()).collect();
         let recipe = Recipe::load(None, &sets).unwrap();
-        MemoryPlan::new(&recipe, &policy(), 0, 20).unwrap()
+        MemoryPlan::new(&recipe, &policy(), 0, DATA).unwrap()
     };
     let (plain, half) = (plan(&[]), plan(&["rollout.kv_precision=\"bf16\""]));
     assert_eq!((plain.kv_blocks, plain.kv), (half.kv_blocks, 2 * half.kv), "a step's blocks take half");

@@ -1,4 +1,5 @@
-//! What saves memory changes nothing else: activations made again, moments in 8 bits, no moments at all.
+//! What saves memory changes nothing else (activations made again, moments in 8 bits, no moments at all), and the plan of a
+//! run's memory is what it takes.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -167,4 +168,44 @@ fn plain_gradient_descent_holds_no_moments() {
     assert!(losses[39] < losses[0]);
     assert_eq!(learner.adam.moments, Moments::None);
     assert_eq!(Moments::planned_bytes(policy.trainable(), &config), 0);
+}
+
+/// A model large enough to tell, whose steps fill their micro-batches.
+const WIDE: [&str; 12] = [
+    "model.new={ hidden = 256, layers = 6, heads = 4, kv_heads = 2, head_dim = 64, ffn = 768 }",
+    "rollout.prompts_per_step=48",
+    "rollout.group_size=4",
+    "rollout.kv_memory_mb=12",
+    "rollout.max_new_tokens=32",
+    "data.heldout=32",
+    "train.steps=2",
+    "train.checkpoint_every=0",
+    "stage.0.steps=1",
+    "optimizer.lr=1e-5",
+    "devices.threads=2",
+    "devices.memory_mb=300",
+];
+
+/// Every run is a process of its own, so that its peak is its own.
+#[test]
+#[cfg(target_os = "linux")]
+fn the_measured_peak_is_within_a_tenth_of_the_plan() {
+    let folder = Folder::new();
+    let mut peaks = Vec::new();
+    for (name, sets) in [
+        ("kept", vec!["train.recompute=off"]),
+        ("again", vec!["train.recompute=on", "devices.memory_mb=240"]),
+        ("narrow", vec!["optimizer.state=int8", "train.recompute=off"]),
+        ("bf16", vec!["model.precision=bf16"]),
+    ] {
+        let run = folder.launch(name, &[&WIDE[..], &sets[..]].concat());
+        let text = std::fs::read_to_string(run.join("summary.json")).unwrap();
+        let summary: serde_json::Value = serde_json::from_str(&text).unwrap();
+        let [peak, plan] = ["rss_peak_bytes", "memory_plan_bytes"].map(|key| summary[key].as_f64().unwrap());
+        println!("{name}: peak {:.0} MiB, {:.3} of the plan", peak / f64::from(1 << 20), peak / plan);
+        peaks.push((name, peak / plan));
+    }
+    for (name, ratio) in peaks {
+        assert!((0.9..1.1).contains(&ratio), "{name}: the peak is {ratio:.3} times the plan");
+    }
 }

@@ -46,8 +46,11 @@ pub struct LearnerArgs {
 
 pub(super) fn run(args: &LearnerArgs, machine: &mut Machine, report: Report) -> Result<()> {
     let mut policy = machine.policy(args.lora, args.prompt + args.new)?;
-    let mut learner = Learner::new(&policy, args.max_rows);
+    let mut separate = None;
     for &group in &args.group {
+        // each case's buffers and peak are its own
+        let mut learner = Learner::new(&policy, args.max_rows);
+        reset_peak();
         let (mut rates, mut rows, mut key) = (Vec::new(), 0, 0);
         let mut least_cpu = f64::INFINITY;
         let counted = (args.sequences * (args.prompt + args.new)) as f64;
@@ -86,6 +89,13 @@ pub(super) fn run(args: &LearnerArgs, machine: &mut Machine, report: Report) -> 
         more.insert("rows".into(), rows.into());
         more.insert("bound_tokens_per_s".into(), round(bound).into());
         more.insert("rss_peak_mb".into(), json!(rss_peak_bytes() >> 20));
+        let peak = rss_peak_bytes();
+        if group == 1 {
+            separate = Some((value, peak));
+        } else if let Some((alone, peak_alone)) = separate {
+            more.insert("times_faster_than_separate".into(), round(value / alone).into());
+            more.insert("peak_of_separate".into(), round(peak as f64 / peak_alone as f64).into());
+        }
         let what = trained(args.lora);
         report(Measurement {
             work: format!(
@@ -103,6 +113,14 @@ pub(super) fn run(args: &LearnerArgs, machine: &mut Machine, report: Report) -> 
         });
     }
     Ok(())
+}
+
+/// Sets the peak of memory back to what is held now, where the system can (Linux).
+fn reset_peak() {
+    if cfg!(target_os = "linux") {
+        // where it is refused the peak is that of all cases so far
+        let _ = std::fs::write("/proc/self/clear_refs", "5");
+    }
 }
 
 /// The least seconds of an update: products forward and backward once (LoRA: without the frozen weights' gradients), the

@@ -16,7 +16,6 @@ use crate::model::decoder::{Attend, LayerActs, LayerScratch, layer_again, layer_
 use crate::model::experts::experts_backward;
 use crate::model::params::SlotId;
 use crate::model::policy::{Grads, Projection, Weights};
-use crate::model::spec::LayerSpec;
 use crate::types::TokenId;
 
 /// A token whose logprob is wanted: `token` drawn from the distribution at `row`.
@@ -88,32 +87,12 @@ struct BackScratch {
 }
 
 /// Bytes that the chunk of logits may take; a chunk has at least 8 targets. Each chunk reads the head and its gradient once.
-pub const LOGITS_CHUNK_BYTES: usize = 64 << 20;
+const LOGITS_CHUNK_BYTES: usize = 64 << 20;
 
 /// Targets whose logits are alive at once.
-fn chunk_targets(vocab: usize) -> usize {
+pub(crate) fn chunk_targets(vocab: usize) -> usize {
     let targets = (LOGITS_CHUNK_BYTES / (4 * vocab)).clamp(8, 512);
     if targets > STEP { targets / STEP * STEP } else { targets }
-}
-
-/// Activation bytes that a training pass takes for each row, with the first `recompute` layers' made again.
-pub fn activation_bytes_per_row(w: &Weights, recompute: usize) -> usize {
-    let s = w.spec;
-    let q = s.heads * s.head_dim;
-    let kv = s.kv_heads * s.head_dim;
-    let sandwich = if s.sandwich_norms { 2 * s.hidden } else { 0 };
-    let attention = 2 * s.hidden + q + 2 * kv + q + sandwich;
-    let dense = (2 * s.ffn, 5 * s.ffn);
-    // of a pair: gate and up, its row and weight; then input, output, their gradients and those of the activations
-    let mixture = s.moe.as_ref().map_or((0, 0), |moe| {
-        let pair = (2 * moe.ffn + 3, 3 * s.hidden + 4 * moe.ffn + 2);
-        (moe.per_token * pair.0 + moe.experts, moe.per_token * pair.1 + moe.experts)
-    });
-    let ffn = |layer: &LayerSpec| if layer.experts { mixture } else { dense };
-    let recompute = recompute.min(s.layers - 1);
-    let kept: usize = s.layer_specs[recompute..].iter().map(|layer| attention + ffn(layer).0).sum();
-    let live = s.layer_specs.iter().map(|layer| ffn(layer).1).max().unwrap_or(0);
-    4 * (kept + recompute * s.hidden + live + 8 * s.hidden + 4 * (q + 2 * kv))
 }
 
 impl Trainer {

@@ -5,6 +5,7 @@ mod config_fields;
 pub mod decoder;
 pub mod experts;
 pub mod export;
+pub mod footprint;
 pub mod freeze;
 pub mod gguf;
 pub mod gguf_names;

@@ -450,6 +450,10 @@ impl Arena {
                 (rows, Some(k))
             }
         };
+        if let [part] = &slot.parts[..] {
+            let shape = std::iter::once(part.rows).chain(width).collect();
+            return vec![(part.name.clone(), shape, rows)];
+        }
         let mut at = 0;
         slot.parts
             .iter()

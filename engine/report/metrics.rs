@@ -153,6 +153,8 @@ pub struct Summary {
     pub learner_tokens_per_s: f64,
     /// Peak resident memory.
     pub rss_peak_bytes: u64,
+    /// What the memory plan expected of steps of full length.
+    pub memory_plan_bytes: u64,
     /// Steps by health ([`crate::report::health::Health`]).
     pub health: Map<String, Value>,
     /// Folder of the trained model, relative to the run folder.

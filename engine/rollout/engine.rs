@@ -17,7 +17,7 @@ use crate::rollout::sequence::{GroupState, RolloutKey};
 use crate::types::{Group, Prompt};
 
 /// Prompt rows of one forward pass: enough to keep the kernels busy, few enough that decoding samples do not wait.
-const PREFILL_ROWS: usize = 512;
+pub(crate) const PREFILL_ROWS: usize = 512;
 
 /// A prompt to answer.
 #[derive(Debug, Clone)]

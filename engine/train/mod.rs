@@ -165,8 +165,8 @@ impl Run {
             largest = largest.max((policy.trainable().trainable_len(), stage));
         }
         policy.choose_trained(&recipe.model, recipe.seed, largest.1)?;
-        let reference = reference_bytes(&recipe, &policy);
-        let plan = MemoryPlan::new(&recipe, &policy, reference, positions - recipe.rollout.max_new_tokens)?;
+        let data = tasks.size(&recipe, positions - recipe.rollout.max_new_tokens);
+        let plan = MemoryPlan::new(&recipe, &policy, reference_bytes(&recipe, &policy), data)?;
         policy.choose_trained(&recipe.model, recipe.seed, 0)?;
         let state = State {
             recipe: blake3::hash(recipe.to_toml().as_bytes()).to_hex().to_string(),
@@ -290,6 +290,8 @@ impl Run {
             clock = Instant::now();
             self.save(&checkpoints, &learner)?;
         }
+        // what only training needs is given back before the model is written and measured
+        drop(learner);
         self.finish(&mut engine, &folder, clock)
     }
 
@@ -346,6 +348,7 @@ impl Run {
             rollout_tokens_per_s: self.state.rollout_tokens as f64 / self.state.rollout_seconds.max(1e-9),
             learner_tokens_per_s: self.state.learner_rows as f64 / self.state.learner_seconds.max(1e-9),
             rss_peak_bytes: rss_peak_bytes(),
+            memory_plan_bytes: self.plan.total() as u64,
             health: self.state.health.counts(),
             final_model: "final".into(),
             version: env!("CARGO_PKG_VERSION").into(),
@@ -362,6 +365,7 @@ impl Run {
             eprint!("\n{}", self.state.matrix.to_text());
         }
         eprint!("\n{}", progress::places(root));
+        eprint!("{}", self.plan.beside(summary.rss_peak_bytes));
         Ok(summary)
     }
 }

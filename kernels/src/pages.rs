@@ -69,6 +69,11 @@ fn is_large(layout: Layout) -> bool {
     cfg!(target_os = "linux") && layout.size() >= LARGE && layout.align() <= HUGE
 }
 
+/// Bytes of memory that a block of `size` bytes holds once all of it was written to.
+pub fn held_bytes(size: usize) -> usize {
+    if cfg!(target_os = "linux") && size >= LARGE { size.max((size + HUGE / 2) / HUGE * HUGE) } else { size }
+}
+
 #[cfg(target_os = "linux")]
 mod system {
     use super::HUGE;
