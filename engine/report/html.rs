@@ -47,6 +47,18 @@ const SECTIONS: [(&str, &[&str]); 4] = [
     ("Memory", &["kv_blocks_peak", "rss_peak_bytes"]),
 ];
 
+/// Charts of preference stages.
+const PREFERENCE: [&str; 8] = [
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+    "compared",
+    "groups_without_pair",
+];
+
 /// A line of metrics.jsonl or samples.jsonl.
 type Line = Map<String, Value>;
 
@@ -61,11 +73,13 @@ pub fn write(root: &Path) -> Result<()> {
     let summary = std::fs::read_to_string(root.join("summary.json")).ok();
     let summary: Line = summary.and_then(|text| serde_json::from_str(&text).ok()).unwrap_or_default();
     let metrics = read_lines(&root.join("metrics.jsonl"), |_| true)?;
+    let sft = root.join("sft.jsonl");
+    let sft = if sft.exists() { read_lines(&sft, |_| true)? } else { Vec::new() };
     let steps = shown_steps(&metrics);
     let samples = read_lines(&root.join("samples.jsonl"), |step| steps.contains(&step))?;
     let name = root.canonicalize().ok().and_then(|p| Some(p.file_name()?.to_string_lossy().into_owned()));
     let path = root.join("report.html");
-    let text = page(name.as_deref().unwrap_or("run"), &metrics, &samples, &recipe, &summary);
+    let text = page(name.as_deref().unwrap_or("run"), &metrics, &sft, &samples, &recipe, &summary);
     std::fs::write(&path, text).map_err(EngineError::io(path))
 }
 
@@ -98,7 +112,14 @@ fn shown_steps(metrics: &[Line]) -> BTreeSet<u64> {
     (0..SHOWN_STEPS).filter_map(|i| steps.get(i * last / (SHOWN_STEPS - 1)).copied()).collect()
 }
 
-fn page(name: &str, metrics: &[Line], samples: &[Line], recipe: &str, summary: &Line) -> String {
+fn page(
+    name: &str,
+    metrics: &[Line],
+    sft: &[Line],
+    samples: &[Line],
+    recipe: &str,
+    summary: &Line,
+) -> String {
     let mut html = format!(
         "<!doctype html>\n<html lang=\"en\"><meta charset=\"utf-8\"><meta name=\"viewport\" content=\"width=device-width\">\
          <title>{0} · rft-engine</title><style>{STYLE}</style>\n<h1>{0}</h1>",
@@ -111,7 +132,9 @@ fn page(name: &str, metrics: &[Line], samples: &[Line], recipe: &str, summary: &
     for (title, keys) in SECTIONS {
         html += &section(title, keys, metrics);
     }
+    html += &section("Preference", &PREFERENCE, metrics);
     html += &section("Other", &other_keys(metrics), metrics);
+    html += &section("Supervised stages", &["loss", "entropy", "grad_norm", "lr"], sft);
     html += "<h2>Samples</h2>";
     if samples.is_empty() {
         html += "<p>No samples yet.";
@@ -165,8 +188,10 @@ fn overview(metrics: &[Line], summary: &Line) -> String {
     if let Some(bytes) = of("rss_peak_bytes").or_else(|| last("rss_peak_bytes")) {
         tile("peak memory", format!("{:.0} MiB", bytes / f64::from(1 << 20)), String::new());
     }
-    let worst = metrics.iter().filter_map(|m| m.get("ratio_max_dev")?.as_f64()).fold(0.0, f64::max);
-    tile("greatest |ratio − 1|", number(worst), "at first updates".into());
+    let ratios = || metrics.iter().filter_map(|m| m.get("ratio_max_dev")?.as_f64());
+    if ratios().next().is_some() {
+        tile("greatest |ratio − 1|", number(ratios().fold(0.0, f64::max)), "at first updates".into());
+    }
     html + "</div>"
 }
 
@@ -193,8 +218,9 @@ fn is_reward(key: &str) -> bool {
 }
 
 fn other_keys(metrics: &[Line]) -> Vec<&str> {
-    let known =
-        |key: &&str| *key == "step" || is_reward(key) || SECTIONS.iter().any(|(_, keys)| keys.contains(key));
+    let charted =
+        |key: &&str| PREFERENCE.contains(key) || SECTIONS.iter().any(|(_, keys)| keys.contains(key));
+    let known = |key: &&str| *key == "step" || is_reward(key) || charted(key);
     keys(metrics).into_iter().filter(|key| !known(key)).collect()
 }
 
@@ -202,8 +228,11 @@ fn other_keys(metrics: &[Line]) -> Vec<&str> {
 fn rewards(metrics: &[Line]) -> String {
     let shown: Vec<Series> =
         keys(metrics).into_iter().filter(|key| is_reward(key)).map(|key| series(metrics, key)).collect();
-    if shown.is_empty() {
+    if metrics.is_empty() {
         return "<p>No step is done yet.".into();
+    }
+    if shown.is_empty() {
+        return String::new();
     }
     let legend: String = shown
         .iter()
