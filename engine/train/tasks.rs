@@ -52,13 +52,15 @@ impl Tasks {
         let all = || self.train.iter().chain(&self.heldout).chain(&self.validation.prompts);
         let mut order = Order::new(recipe.seed, self.train.len());
         let per_step = recipe.rollout.prompts_per_step as u64;
+        // a run whose stages all have rows of their own may have none
+        let steps = if self.train.is_empty() { 0 } else { recipe.train.steps.min(STEPS_SEEN) };
         let step = |step: u64| {
             let places = step * per_step..(step + 1) * per_step;
             places.map(|place| self.train[order.at(place)].tokens.len()).sum()
         };
         DataSize {
             prompt_tokens,
-            step_prompt_tokens: (0..recipe.train.steps.min(STEPS_SEEN)).map(step).max().unwrap_or(0),
+            step_prompt_tokens: (0..steps).map(step).max().unwrap_or(0),
             rows: all().count(),
             text: all().map(|p| p.text.len()).sum(),
         }
