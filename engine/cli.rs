@@ -3,7 +3,7 @@
 //! Data goes to stdout, everything else to stderr; the exit code is 0 only on success (130 after Ctrl-C).
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -413,6 +413,7 @@ impl Loaded {
         rows: &[Row],
         template: Option<&str>,
         rendering: &PromptArgs,
+        file: Option<&Path>,
     ) -> Result<Vec<Arc<Prompt>>> {
         let chat = match rendering.raw {
             true => None,
@@ -423,6 +424,7 @@ impl Loaded {
             system: rendering.system.as_deref(),
             chat: chat.as_ref(),
             tokenizer: &self.tokenizer,
+            files: file.as_slice(),
         };
         rows.iter().enumerate().map(|(i, row)| renderer.prompt(i, row).map(Arc::new)).collect()
     }
@@ -468,7 +470,7 @@ fn eval(args: &EvalArgs) -> Result<()> {
     let rewards = args.reward.iter().map(|r| reward_config(r)).collect::<Vec<_>>();
     let mut loaded = Loaded::open(&args.model)?;
     let scorer = Scorer::new(&rewards, loaded.pool.threads())?;
-    let prompts = loaded.prompts(&rows, args.prompt.as_deref(), &args.rendering)?;
+    let prompts = loaded.prompts(&rows, args.prompt.as_deref(), &args.rendering, Some(&args.data))?;
     let sampling = loaded.sampling(&args.sampling)?;
     loaded.prepare(longest(&prompts) + sampling.max_new_tokens, args.model.precision)?;
     let mut engine = loaded.engine(&prompts, args.samples, sampling.max_new_tokens);
@@ -521,7 +523,7 @@ fn generate(args: &GenerateArgs) -> Result<()> {
         (None, None) => unreachable!("clap requires one of them"),
     };
     let mut loaded = Loaded::open(&args.model)?;
-    let prompts = loaded.prompts(&rows, template, &args.rendering)?;
+    let prompts = loaded.prompts(&rows, template, &args.rendering, args.data.as_deref())?;
     let sampling = loaded.sampling(&args.sampling)?;
     loaded.prepare(longest(&prompts) + sampling.max_new_tokens, args.model.precision)?;
     let mut engine = loaded.engine(&prompts, args.n, sampling.max_new_tokens);

@@ -536,7 +536,8 @@ fn fuzz_prompt_rows() {
             for (template, chat) in
                 [(None, None), (None, Some(&chat)), (Some("{question} {{n}} {n}"), Some(&chat))]
             {
-                let renderer = Renderer { template, system: Some("s"), chat, tokenizer: &tokenizer };
+                let renderer =
+                    Renderer { template, system: Some("s"), chat, tokenizer: &tokenizer, files: &[&path] };
                 good &= renderer.prompt(i, row).is_ok() || template.is_some() || chat.is_none();
             }
         }

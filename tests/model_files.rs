@@ -392,6 +392,11 @@ fn families_read_their_own_fields() {
     let windows = |s: &ModelSpec| s.layer_specs.iter().map(|l| l.window).collect::<Vec<_>>();
     let ropes = |s: &ModelSpec| s.layer_specs.iter().map(|l| l.rope).collect::<Vec<_>>();
 
+    for scalar in [4e-4, 0.37, 1.0005, 224.0, 1e9] {
+        let gemma = spec("Gemma2ForCausalLM", json!({"query_pre_attn_scalar": scalar}));
+        assert_eq!(gemma.attn_scale, f64::powf(scalar, -0.5) as f32);
+    }
+
     let smol = spec("SmolLM3ForCausalLM", json!({}));
     assert_eq!(ropes(&smol), [Some(0), Some(0), Some(0), None]);
     assert!(smol.tied && smol.ropes[0].theta == 2e6);

@@ -34,6 +34,13 @@ pub fn read_jsonl(path: &Path) -> Result<Vec<Row>> {
     Ok(rows)
 }
 
+/// Line of a file's first row that equals `row`, from 1: rows are shuffled and split, and errors name where they came from.
+fn line_of(path: &Path, row: &Row) -> Option<usize> {
+    let text = std::fs::read_to_string(path).ok()?;
+    let same = |line: &str| serde_json::from_str::<Row>(line).is_ok_and(|found| found == *row);
+    text.lines().position(same).map(|at| at + 1)
+}
+
 fn kind(value: &Value) -> &'static str {
     match value {
         Value::Null => "null",
@@ -54,6 +61,10 @@ pub fn row_id(index: usize, row: &Row) -> String {
     }
 }
 
+/// Longest text of a prompt that is encoded, in bytes: some 100 000 tokens. Beyond it a row is a mistake, and encoding takes
+/// hundreds of bytes of memory for each of its own.
+const MAX_TEXT: usize = 512 << 10;
+
 /// How a row becomes a prompt.
 #[derive(Clone, Copy)]
 pub struct Renderer<'a> {
@@ -65,16 +76,29 @@ pub struct Renderer<'a> {
     pub chat: Option<&'a ChatTemplate>,
     /// The model's tokenizer.
     pub tokenizer: &'a Tokenizer,
+    /// The files that rows come from, for errors.
+    pub files: &'a [&'a Path],
 }
 
 impl Renderer<'_> {
     /// The prompt of row `index`.
     ///
     /// # Errors
-    /// A missing field, by row and name; a chat template that refuses; text that the tokenizer cannot express.
+    /// By file, line and row: a missing field, a chat template that refuses, text of more than 512 KiB or that the tokenizer
+    /// cannot express.
     pub fn prompt(&self, index: usize, row: &Row) -> Result<Prompt> {
+        self.prompt_within(index, row, usize::MAX)?.ok_or_else(|| {
+            self.bad(&row_id(index, row), row, format!("its prompt is longer than {} KiB", MAX_TEXT >> 10))
+        })
+    }
+
+    /// As [`Renderer::prompt`]; `None` when it is longer than `max_tokens` or than 512 KiB.
+    ///
+    /// # Errors
+    /// As [`Renderer::prompt`].
+    pub fn prompt_within(&self, index: usize, row: &Row, max_tokens: usize) -> Result<Option<Prompt>> {
         let id = row_id(index, row);
-        let bad = |message: String| EngineError::Config(format!("row {id}: {message}"));
+        let bad = |message: String| self.bad(&id, row, message);
         let messages = match (self.template, row.get("prompt"), row.get("messages")) {
             (Some(template), ..) => Content::Text(fill(template, row).map_err(bad)?),
             (None, Some(Value::String(prompt)), _) => Content::Text(prompt.clone()),
@@ -99,8 +123,19 @@ impl Renderer<'_> {
                 ));
             }
         };
+        if text.len() > MAX_TEXT {
+            return Ok(None);
+        }
         let tokens = self.tokenizer.encode(&text).map_err(|e| bad(e.to_string()))?;
-        Ok(Prompt { index, id, text, tokens, task: Arc::default(), fields: Arc::new(row.clone()) })
+        let fits = tokens.len() <= max_tokens;
+        Ok(fits.then(|| Prompt { index, id, text, tokens, task: Arc::default(), fields: Arc::new(row.clone()) }))
+    }
+
+    fn bad(&self, id: &str, row: &Row, message: String) -> EngineError {
+        match self.files.iter().find_map(|path| Some((path, line_of(path, row)?))) {
+            Some((path, line)) => EngineError::malformed(*path, format!("line {line} (row {id})"), message),
+            None => EngineError::Config(format!("row {id}: {message}")),
+        }
     }
 }
 
@@ -213,6 +248,24 @@ mod tests {
         assert_ne!(first[..7], first[7..14]);
         let mut resumed = Order::new(5, 7);
         assert_eq!(first[12..], (12..21).map(|p| resumed.at(p)).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn a_row_without_a_prompt_is_named_by_file_and_line_and_an_absurd_one_is_not_encoded() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("d.jsonl");
+        std::fs::write(&path, "{\"prompt\": \"a\"}\n\n{\"prompt\": 1}\n").unwrap();
+        let rows = read_jsonl(&path).unwrap();
+        let tokenizer = Tokenizer::from_characters("a ", &[], &["<eos>"], "<eos>").unwrap();
+        let files = [path.as_path()];
+        let renderer =
+            Renderer { template: None, system: None, chat: None, tokenizer: &tokenizer, files: &files };
+        let error = renderer.prompt(0, &rows[1]).unwrap_err().to_string();
+        assert!(error.contains("d.jsonl") && error.contains("line 3"), "{error}");
+        assert_eq!(renderer.prompt(0, &rows[0]).unwrap().text, "a");
+        let absurd = Row::from_iter([("prompt".to_string(), json!("a".repeat(MAX_TEXT + 1)))]);
+        assert!(renderer.prompt(7, &absurd).unwrap_err().to_string().contains("row 7"));
+        assert!(renderer.prompt_within(7, &absurd, 100).unwrap().is_none());
     }
 
     #[test]

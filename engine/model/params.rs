@@ -44,6 +44,14 @@ impl Shape {
         }
     }
 
+    /// Shape of a part in the checkpoint.
+    pub fn of_part(self, part: &Part) -> Vec<usize> {
+        match self {
+            Self::Matrix { k, .. } => vec![part.rows, k],
+            Self::Vector(_) => vec![part.rows],
+        }
+    }
+
     /// Parameters, without padding.
     pub fn count(self) -> usize {
         match self {

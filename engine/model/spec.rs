@@ -314,11 +314,10 @@ impl ModelSpec {
         }
         if takes("query_pre_attn_scalar") {
             let scalar = f64::from(self.attn_scale).powi(-2);
-            let scalar = if (scalar - scalar.round()).abs() < 1e-3 {
-                json!(scalar.round() as u64)
-            } else {
-                json!(scalar)
-            };
+            // Whole where that is the same scale: what is read back must be.
+            let whole = scalar.round();
+            let same = whole >= 1.0 && whole < 1e15 && whole.powf(-0.5) as f32 == self.attn_scale;
+            let scalar = if same { json!(whole as u64) } else { json!(scalar) };
             map.insert("query_pre_attn_scalar".into(), scalar);
             map.insert("attn_logit_softcapping".into(), json!(self.attn_softcap));
             map.insert("final_logit_softcapping".into(), json!(self.final_softcap));
