@@ -82,7 +82,10 @@ fn parity_adapters_agree_with_peft() {
         for id in 0..arena.slots().len() {
             let values = &grads.adapter[arena.grad_range(id).unwrap()];
             for (name, _, got) in arena.tensors_of(id, values) {
-                let name = name.replace(".weight", ".default.weight");
+                let name = match name.strip_suffix(".weight") {
+                    Some(matrix) => format!("{matrix}.default.weight"),
+                    None => format!("{name}.default.weight"),
+                };
                 let stats = &notes["grad_stats"][&name];
                 let l2 = got.iter().map(|g| f64::from(*g).powi(2)).sum::<f64>().sqrt();
                 let want = stats["l2"].as_f64().unwrap_or_else(|| panic!("no {name}"));
@@ -133,7 +136,7 @@ fn broken_adapters_are_named() {
     };
     for (key, value) in [
         ("peft_type", json!("IA3")),
-        ("use_dora", json!(true)),
+        ("use_bdlora", json!(true)),
         ("bias", json!("all")),
         ("rank_pattern", json!({"q_proj": 0})),
         ("alpha_pattern", json!({"q_proj": "two"})),
@@ -155,6 +158,9 @@ fn broken_adapters_are_named() {
     write("r", json!(4));
     let error = load();
     assert!(error.contains("lora_A") && error.contains("[4, 64]") && error.contains("[8, 64]"), "{error}");
+    write("r", json!(4096));
+    let error = load();
+    assert!(error.contains("lora_A") && error.contains("[4096, 64]"), "{error}");
     write("target_modules", json!(["q_proj"]));
     let error = load();
     assert!(error.contains("v_proj") && error.contains("no place"), "{error}");

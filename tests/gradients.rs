@@ -154,18 +154,26 @@ fn an_expert_without_tokens_has_a_gradient_of_zero() {
 }
 
 fn adapted(dropout: f32) -> Policy {
+    adapted_with(LoraConfig { rank: 3, alpha: 6.0, dropout, ..LoraConfig::default() })
+}
+
+fn adapted_with(config: LoraConfig) -> Policy {
     let mut policy = policy();
-    let config = LoraConfig { rank: 3, alpha: 6.0, dropout, ..LoraConfig::default() };
     let mut adapter = rft_engine::model::lora::Adapter::new(&policy.spec, &config, 5).unwrap();
-    // B starts at zero, where A has no gradient
+    // B and magnitudes start at zero, where A has no gradient
     for id in 0..adapter.arena.slots().len() {
+        let vector = matches!(adapter.arena.slots()[id].shape, rft_engine::model::params::Shape::Vector(_));
         for (i, w) in adapter.arena.values_mut(id).iter_mut().enumerate() {
-            if *w == 0.0 && i % 32 < 3 {
+            if vector {
+                *w = 0.5 + 0.1 * (i * 5 % 7) as f32;
+            } else if *w == 0.0 && i % 32 < 3 {
                 *w = 0.05 * ((i * 7 % 11) as f32 - 5.0);
             }
         }
     }
     policy.adapter = Some(adapter);
+    // of a DoRA adapter the norms are those of these weights from here on, as its gradients take them
+    policy.measure_adapter(&Pool::new(1));
     policy
 }
 
@@ -173,6 +181,8 @@ fn adapted(dropout: f32) -> Policy {
 fn every_adapter_gradient_matches_finite_differences() {
     check_every_slot(adapted(0.0), true);
     check_every_slot(adapted(0.3), true);
+    let config = LoraConfig { rank: 3, alpha: 6.0, dora: true, ..LoraConfig::default() };
+    check_every_slot(adapted_with(config), true);
 }
 
 #[test]

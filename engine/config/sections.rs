@@ -108,6 +108,9 @@ pub struct LoraConfig {
     pub alpha: f32,
     /// `alpha / sqrt(r)` instead (rsLoRA, Kalajdzievski 2023, arXiv 2312.03732).
     pub rslora: bool,
+    /// Learn a magnitude for every output beside its direction (DoRA, Liu et al. 2024, arXiv 2402.09353).
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub dora: bool,
     /// Projections that get an adapter, by their Hugging Face names or the ends of them; `all-linear` is every one.
     pub targets: Vec<String>,
     /// Share of the adapters' inputs that a training pass drops. Rollouts and the old logprobs are without it, so with
@@ -127,6 +130,7 @@ impl Default for LoraConfig {
             rank: 16,
             alpha: 32.0,
             rslora: false,
+            dora: false,
             targets: vec!["all-linear".into()],
             dropout: 0.0,
             rank_pattern: BTreeMap::new(),

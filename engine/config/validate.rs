@@ -217,11 +217,17 @@ impl Recipe {
             return fail("train.inner_epochs must be at least 1".into());
         }
         if let Some(lora) = &self.model.lora {
-            if lora.rank == 0 || lora.rank_pattern.values().any(|r| *r == 0) || lora.targets.is_empty() {
-                return fail("model.lora: `rank` must be at least 1 and `targets` not empty".into());
+            let ranks = || lora.rank_pattern.values().chain([&lora.rank]);
+            if ranks().any(|rank| !(1..=4096).contains(rank)) || lora.targets.is_empty() {
+                return fail("model.lora: `rank` must be from 1 to 4096 and `targets` not empty".into());
             }
             if !(0.0..1.0).contains(&lora.dropout) {
                 return fail(format!("model.lora.dropout must be in [0, 1), got {}", lora.dropout));
+            }
+            if lora.dora && lora.dropout > 0.0 {
+                return fail(
+                    "model.lora: `dropout` with `dora` is not supported. hint: drop one of the two".into(),
+                );
             }
         }
         Ok(())

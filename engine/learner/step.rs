@@ -132,6 +132,7 @@ impl Learner {
         }
         stats.grad_norm = self.adam.step(pool, policy.trainable_mut(), grads, optimizer, lr);
         policy.version.0 += 1;
+        policy.measure_adapter(pool);
         Ok(stats)
     }
 

@@ -24,19 +24,22 @@ pub struct Adapter {
     pub config: LoraConfig,
     /// Key of the dropout masks.
     pub seed: u64,
-    sites: Vec<Site>,
+    pub(super) sites: Vec<Site>,
     /// `sites` of layer l, projection p: `ranges[l * 4 + p]`.
     ranges: Vec<std::ops::Range<usize>>,
 }
 
 /// One adapter: `[n, r] x [r, k]` on columns `offset..offset + n` of a projection's output.
 #[derive(Debug, Clone)]
-struct Site {
+pub(super) struct Site {
     a: SlotId,
     b: SlotId,
-    offset: usize,
-    n: usize,
-    scaling: f32,
+    /// Of a DoRA adapter: the learned magnitudes, and the norms of `W + s B A` when they were last measured.
+    pub(super) magnitude: Option<SlotId>,
+    pub(super) norms: Vec<f32>,
+    pub(super) offset: usize,
+    pub(super) n: usize,
+    pub(super) scaling: f32,
 }
 
 /// What decides dropout masks beside the adapter's seed: the update, and the identity of every row.
@@ -53,7 +56,7 @@ pub struct DropKeys<'a> {
 pub struct LoraScratch {
     dropped: Vec<f32>,
     low: Vec<f32>,
-    high: Vec<f32>,
+    pub(super) high: Vec<f32>,
     d_low: Vec<f32>,
     transpose: Vec<f32>,
     columns: Vec<f32>,
@@ -92,12 +95,28 @@ fn targets(target: &str, module: &str) -> bool {
 /// The target that stands for every projection.
 pub const ALL_LINEAR: &str = "all-linear";
 
+/// Where the adapters of a config sit, before anything of their size exists.
+pub struct Plan {
+    /// Shape and PEFT names of every matrix.
+    pub layout: Vec<(Shape, Vec<Part>)>,
+    sites: Vec<Site>,
+    ranges: Vec<std::ops::Range<usize>>,
+}
+
 impl Adapter {
     /// New adapters: A ~ U(-1/sqrt(k), 1/sqrt(k)) (Kaiming with a = sqrt 5, as peft), B = 0.
     ///
     /// # Errors
     /// A target or pattern that names no projection of this decoder; settings that exclude each other.
     pub fn new(spec: &ModelSpec, config: &LoraConfig, seed: u64) -> Result<Self> {
+        Ok(Self::planned(Self::plan(spec, config)?, config, seed))
+    }
+
+    /// Where adapters sit and how large they are.
+    ///
+    /// # Errors
+    /// As [`Adapter::new`].
+    pub fn plan(spec: &ModelSpec, config: &LoraConfig) -> Result<Plan> {
         let all = projections(spec);
         let mut patterns = Patterns::new(config)?;
         let experts = |t: &&String| {
@@ -132,8 +151,12 @@ impl Adapter {
                     let a = layout.len();
                     layout.push((Shape::Matrix { n: rank, k }, part("lora_A.weight", rank)));
                     layout.push((Shape::Matrix { n, k: rank }, part("lora_B.weight", n)));
+                    let magnitude = config.dora.then(|| {
+                        layout.push((Shape::Vector(n), part("lora_magnitude_vector", n)));
+                        a + 2
+                    });
                     let scaling = scaling(alpha, rank, config.rslora);
-                    sites.push(Site { a, b: a + 1, offset, n, scaling });
+                    sites.push(Site { a, b: a + 1, magnitude, norms: Vec::new(), offset, n, scaling });
                 }
                 ranges.push(first..sites.len());
             }
@@ -147,6 +170,12 @@ impl Adapter {
             )));
         }
         patterns.all_used()?;
+        Ok(Plan { layout, sites, ranges })
+    }
+
+    /// New adapters of a plan.
+    pub fn planned(plan: Plan, config: &LoraConfig, seed: u64) -> Self {
+        let Plan { layout, sites, ranges } = plan;
         let mut arena = Arena::new(layout, true);
         for site in &sites {
             let Shape::Matrix { n, k } = arena.slots()[site.a].shape else { unreachable!("A is a matrix") };
@@ -157,10 +186,10 @@ impl Adapter {
             rft_kernels::pack_panels(&rows, n, k, arena.values_mut(site.a));
         }
         let scaling = scaling(config.alpha, config.rank, config.rslora);
-        Ok(Self { arena, scaling, config: config.clone(), seed, sites, ranges })
+        Self { arena, scaling, config: config.clone(), seed, sites, ranges }
     }
 
-    fn range(&self, layer: usize, projection: Projection) -> std::ops::Range<usize> {
+    pub(super) fn range(&self, layer: usize, projection: Projection) -> std::ops::Range<usize> {
         self.ranges[layer * Projection::ALL.len() + projection as usize].clone()
     }
 
@@ -189,12 +218,13 @@ impl Adapter {
             let site = &self.sites[at];
             self.products(pool, at, x, m, drop, scratch);
             add_columns(pool, y, width, site.offset, &scratch.high, m, site.n, site.scaling);
+            self.scale(pool, at, y, width);
         }
     }
 
     /// Leaves `drop(x) A^T` in `scratch.low`, its product with B in `scratch.high` and, with dropout, `drop(x)` in
     /// `scratch.dropped`.
-    fn products(
+    pub(super) fn products(
         &self,
         pool: &Pool,
         at: usize,
@@ -260,18 +290,26 @@ impl Adapter {
         }
     }
 
-    /// Applies the adapters to a projection's weight `rows [width, k]`, for export: adds `scaling * B A`.
+    /// Applies the adapters to a projection's weight `rows [width, k]`, for export.
     pub fn merge_into(&self, layer: usize, projection: Projection, rows: &mut [f32], k: usize) {
+        self.add_products(layer, projection, rows, k);
+        self.scale_rows(layer, projection, rows, k);
+    }
+
+    /// Adds `scaling * B A` to a projection's weight `rows [width, k]`.
+    pub(super) fn add_products(&self, layer: usize, projection: Projection, rows: &mut [f32], k: usize) {
+        let mut sum = vec![0.0f64; k];
         for site in &self.sites[self.range(layer, projection)] {
             let r = self.arena.matrix(site.a).n;
             let (mut a, mut b) = (vec![0.0; r * k], vec![0.0; site.n * r]);
             rft_kernels::unpack_panels(self.arena.values(site.a), r, k, &mut a);
             rft_kernels::unpack_panels(self.arena.values(site.b), site.n, r, &mut b);
             for (row, b_row) in rows.chunks_exact_mut(k).skip(site.offset).zip(b.chunks_exact(r)) {
-                for (j, w) in row.iter_mut().enumerate() {
-                    let sum: f64 = (0..r).map(|p| f64::from(b_row[p]) * f64::from(a[p * k + j])).sum();
-                    *w += (f64::from(site.scaling) * sum) as f32;
+                sum.fill(0.0);
+                for (b, a_row) in b_row.iter().zip(a.chunks_exact(k)) {
+                    sum.iter_mut().zip(a_row).for_each(|(sum, a)| *sum += f64::from(*b) * f64::from(*a));
                 }
+                row.iter_mut().zip(&sum).for_each(|(w, sum)| *w += (f64::from(site.scaling) * sum) as f32);
             }
         }
     }

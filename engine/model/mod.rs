@@ -3,6 +3,7 @@
 pub mod backprop;
 mod config_fields;
 pub mod decoder;
+mod dora;
 pub mod experts;
 pub mod export;
 pub mod footprint;

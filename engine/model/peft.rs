@@ -1,12 +1,13 @@
 //! A PEFT LoRA adapter on disk: `adapter_config.json` and `adapter_model.safetensors`, read and written.
 //!
-//! What the config asks for and the engine does not do (DoRA, biases, …) is an error that names
+//! What the config asks for and the engine does not do (biases, layers of its own, …) is an error that names
 //! the field; so is a stored matrix that no adapter site takes.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use memmap2::Mmap;
+use rft_kernels::Pool;
 use serde_json::{Map, Value, json};
 
 use super::export::write_safetensors;
@@ -27,7 +28,7 @@ pub struct PeftAdapter {
 }
 
 /// Fields that may only be off.
-const MUST_BE_OFF: [&str; 12] = [
+const MUST_BE_OFF: [&str; 11] = [
     "alora_invocation_tokens",
     "exclude_modules",
     "fan_in_fan_out",
@@ -38,7 +39,6 @@ const MUST_BE_OFF: [&str; 12] = [
     "target_parameters",
     "trainable_token_indices",
     "use_bdlora",
-    "use_dora",
     "use_qalora",
 ];
 
@@ -82,7 +82,14 @@ impl PeftAdapter {
     /// # Errors
     /// Missing or misshapen matrices, and stored ones that fit nowhere, each by name.
     pub fn load_into(&self, policy: &mut Policy, seed: u64) -> Result<()> {
-        let mut adapter = Adapter::new(&policy.spec, &self.config, seed)?;
+        let plan = Adapter::plan(&policy.spec, &self.config)?;
+        // a config that lies about its rank must not decide how much is allocated
+        for (shape, parts) in &plan.layout {
+            for part in parts {
+                self.stored(&part.name, &shape.of_part(part))?;
+            }
+        }
+        let mut adapter = Adapter::planned(plan, &self.config, seed);
         let mut used = 0;
         for id in 0..adapter.arena.slots().len() {
             adapter.arena.load_slot(id, |name, shape| {
@@ -102,18 +109,29 @@ impl PeftAdapter {
             ));
         }
         policy.adapter = Some(adapter);
+        policy.measure_adapter(&Pool::new(1));
         Ok(())
     }
 
-    fn tensor(&self, name: &str, expect: &[usize]) -> Result<Vec<f32>> {
-        let fail = |message: String| EngineError::malformed(&self.path, format!("tensor `{name}`"), message);
-        let stored =
-            self.tensors.get(name).ok_or_else(|| fail(format!("missing, expected shape {expect:?}")))?;
-        if stored.shape != expect {
-            return Err(fail(format!("expected shape {expect:?}, found {:?}", stored.shape)));
+    fn stored(&self, name: &str, expect: &[usize]) -> Result<&Stored> {
+        let stored = self
+            .tensors
+            .get(name)
+            .ok_or_else(|| self.fail(name, format!("missing, expected shape {expect:?}")))?;
+        match stored.shape == expect {
+            true => Ok(stored),
+            false => Err(self.fail(name, format!("expected shape {expect:?}, found {:?}", stored.shape))),
         }
+    }
+
+    fn fail(&self, tensor: &str, message: String) -> EngineError {
+        EngineError::malformed(&self.path, format!("tensor `{tensor}`"), message)
+    }
+
+    fn tensor(&self, name: &str, expect: &[usize]) -> Result<Vec<f32>> {
+        let stored = self.stored(name, expect)?;
         widen(stored.dtype, &self.map[stored.bytes.clone()])
-            .ok_or_else(|| fail(format!("expected f32, bf16 or f16, found {:?}", stored.dtype)))
+            .ok_or_else(|| self.fail(name, format!("expected f32, bf16 or f16, found {:?}", stored.dtype)))
     }
 }
 
@@ -153,6 +171,12 @@ fn lora_config(fields: &Map<String, Value>) -> std::result::Result<LoraConfig, (
         rank: rank.ok_or_else(|| expect("r", "a whole number from 1 to 4096"))? as usize,
         alpha: alpha.ok_or_else(|| expect("lora_alpha", "a number"))? as f32,
         rslora: get("use_rslora").and_then(Value::as_bool).unwrap_or(false),
+        dora: match (get("use_dora").and_then(Value::as_bool), get("lora_dropout").and_then(Value::as_f64)) {
+            (Some(true), Some(rate)) if rate > 0.0 => {
+                return Err(("lora_dropout", "dropout with `use_dora` is not supported".into()));
+            }
+            (dora, _) => dora.unwrap_or(false),
+        },
         targets: targets.ok_or_else(|| expect("target_modules", "a list of projection names"))?,
         dropout: match get("lora_dropout") {
             None => 0.0,
@@ -219,6 +243,7 @@ pub fn write_adapter(out: &Path, adapter: &Adapter, base: &str) -> Result<()> {
         "rank_pattern": adapter.config.rank_pattern,
         "alpha_pattern": adapter.config.alpha_pattern,
         "use_rslora": adapter.config.rslora,
+        "use_dora": adapter.config.dora,
         "target_modules": targets,
         "bias": "none",
         "inference_mode": true,

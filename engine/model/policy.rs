@@ -10,6 +10,7 @@ use rft_kernels::{Act, AttnShape, Code, Pool, Rope, Waiting, Write, add_bias, li
 
 use crate::config::{LoraConfig, ModelConfig, NewModelConfig, Precision, Quantize};
 use crate::error::Result;
+use crate::model::dora::DoraScratch;
 use crate::model::experts::ExpertSlots;
 use crate::model::freeze::{Candidate, trained_names};
 use crate::model::lora::{Adapter, DropKeys, LoraScratch};
@@ -112,7 +113,7 @@ pub struct Policy {
     pub version: PolicyVersion,
     /// How keys and values are kept; in bf16 every pass rounds them before it attends to them.
     pub kv_precision: Precision,
-    slots: ModelSlots,
+    pub(super) slots: ModelSlots,
     ropes: Vec<RopeTable>,
     positions: usize,
 }
@@ -153,6 +154,7 @@ pub struct ProjectScratch {
     /// With dropout: the update's number and the key of every row; `None` in every pass but training's.
     pub drop: Option<(u64, Vec<u64>)>,
     lora: LoraScratch,
+    dora: DoraScratch,
     transpose: Vec<f32>,
     columns: Vec<f32>,
 }
@@ -280,7 +282,8 @@ impl Policy {
     pub fn load_on(pool: &Pool, source: &ModelSource, lora: Option<&LoraConfig>, seed: u64) -> Result<Self> {
         let mut policy = Self::load_base(pool, source, lora.is_none(), None)?;
         if let Some(config) = lora {
-            policy.adapter = Some(Adapter::new(&policy.spec, config, seed)?);
+            let adapter = Adapter::new(&policy.spec, config, seed)?;
+            policy.adopt(pool, adapter);
         }
         Ok(policy)
     }
@@ -360,7 +363,8 @@ impl Policy {
         for id in 0..self.base.slots().len() {
             frozen.base.values_mut(id).copy_from_slice(self.base.values(id));
         }
-        frozen.adapter = Some(Adapter::new(&frozen.spec, config, seed)?);
+        let adapter = Adapter::new(&frozen.spec, config, seed)?;
+        frozen.adopt(&Pool::new(1), adapter);
         Ok(frozen)
     }
 
@@ -581,13 +585,19 @@ impl<'a> Weights<'a> {
         let m = x.len() / weight.k;
         y.resize(m * weight.n, 0.0);
         linear(pool, x, m, weight, y, Write::Set);
-        if let Some(bias) = slots.bias[projection as usize] {
-            add_bias(pool, y, m, self.base.values(bias));
+        let bias = slots.bias[projection as usize].map(|id| self.base.values(id));
+        // A magnitude multiplies what comes before the bias.
+        let scaled = self.adapter.is_some_and(|a| a.config.dora);
+        if let Some(bias) = bias.filter(|_| !scaled) {
+            add_bias(pool, y, m, bias);
         }
         if let Some(adapter) = self.adapter {
             let ProjectScratch { lora, drop, .. } = scratch;
             let drop = drop.as_ref().map(|(step, rows)| DropKeys { step: *step, rows });
             adapter.forward(pool, layer, projection, x, m, y, drop, lora);
+        }
+        if let Some(bias) = bias.filter(|_| scaled) {
+            add_bias(pool, y, m, bias);
         }
     }
 
@@ -609,6 +619,17 @@ impl<'a> Weights<'a> {
         let weight = self.base.matrix(id);
         let m = x.len() / weight.k;
         dx.resize(m * weight.k, 0.0);
+        let dora = &mut scratch.dora;
+        let dy = match self.adapter.filter(|a| a.config.dora) {
+            Some(adapter) => {
+                dora.output.resize(dy.len(), 0.0);
+                linear(pool, x, m, weight, &mut dora.output, Write::Set);
+                let (grads, lora) = (&mut grads.adapter, &mut scratch.lora);
+                adapter.magnitude_backward(pool, layer, projection, x, m, dy, grads, dora, lora);
+                &dora.dy
+            }
+            None => dy,
+        };
         linear_dx(pool, dy, m, weight, dx, Write::Set, &mut scratch.transpose);
         let (base, waiting) = (&mut grads.base, &mut grads.base_waiting);
         self.base.add_weight_gradient(pool, id, dy, x, m, base, waiting, &mut scratch.columns);

@@ -376,7 +376,8 @@ fn load_policy(pool: &Pool, source: &ModelSource, recipe: &Recipe) -> Result<Pol
     let adapted = model.lora.is_some() || model.adapter.is_some();
     let mut policy = Policy::load_base(pool, source, !adapted, model.quantize)?;
     if let Some(config) = &model.lora {
-        policy.adapter = Some(Adapter::new(&policy.spec, config, recipe.seed)?);
+        let adapter = Adapter::new(&policy.spec, config, recipe.seed)?;
+        policy.adopt(pool, adapter);
     }
     if let Some(folder) = &model.adapter {
         PeftAdapter::open(folder)?.load_into(&mut policy, recipe.seed)?;

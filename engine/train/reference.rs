@@ -83,7 +83,17 @@ impl Reference {
         for (kept, now) in arena.stored_values_mut().iter_mut().zip(policy.trainable().stored_values()) {
             *kept += step * (now - *kept);
         }
-        arena.refresh(pool);
+        self.refresh(pool, policy);
+    }
+
+    /// Brings what depends on the weights up to date.
+    fn refresh(&mut self, pool: &Pool, policy: &Policy) {
+        if let Some(arena) = self.arena_mut() {
+            arena.refresh(pool);
+        }
+        if let Self::Adapter(adapter) = self {
+            policy.measure(pool, adapter);
+        }
     }
 }
 
@@ -151,7 +161,7 @@ impl Run {
             // the sum would round; the copy is written over, as a second one would double it for a moment
             if let Some(arena) = reference.arena_mut() {
                 arena.stored_values_mut().copy_from_slice(self.policy.trainable().stored_values());
-                arena.refresh(&self.pool);
+                reference.refresh(&self.pool, &self.policy);
             } else {
                 *reference = Reference::of(&self.policy);
             }
@@ -198,7 +208,7 @@ impl Run {
                     buffers.take(BUFFER, len)?
                 };
                 put_back(&self.recipe, arena, &weights);
-                arena.refresh(&self.pool);
+                reference.refresh(&self.pool, &self.policy);
                 Some(reference)
             }
         };

@@ -106,6 +106,7 @@ impl Run {
         let kept = total(&self.kept(self.policy.trainable()));
         put_back(&self.recipe, self.policy.trainable_mut(), &buffers.take("weights", kept)?);
         self.policy.trainable_mut().refresh(&self.pool);
+        self.policy.measure_adapter(&self.pool);
         learner.adam.moments =
             Moments::restore(&mut buffers, self.policy.trainable(), &self.recipe.optimizer)?;
         learner.adam.updates = state.updates;

@@ -68,6 +68,7 @@ pub(super) fn load_stage_rows(
         system: data.system.as_deref(),
         chat: chat.as_ref(),
         tokenizer,
+        files: &[],
     };
     let reader = Reader { renderer };
     let limit = source.map_or(usize::MAX, |s| s.spec().max_positions);

@@ -84,11 +84,9 @@ pub(super) fn load_tasks(
         let (rows, held) = rows_of(task, recipe.seed)?;
         warn_of_rows(recipe, &task.name, &rows);
         let mut take = |rows: &[Row], prompts: &mut Vec<Arc<Prompt>>| -> Result<Range<usize>> {
-            let (first, all) =
-                (prompts.len(), render(recipe, task, rows_before, rows, chat.as_ref(), tokenizer)?);
-            let count = all.len();
-            prompts.extend(all.into_iter().filter(|p| p.tokens.len() <= recipe.data.max_prompt_tokens));
-            dropped += first + count - prompts.len();
+            let first = prompts.len();
+            prompts.extend(render(recipe, task, rows_before, rows, chat.as_ref(), tokenizer)?);
+            dropped += first + rows.len() - prompts.len();
             Ok(first..prompts.len())
         };
         let (mut rows_train, rows_heldout) = (take(&rows, &mut train)?, take(&held, &mut heldout)?);
@@ -177,7 +175,7 @@ fn warn_of_rows(recipe: &Recipe, task: &str, rows: &[Row]) {
     }
 }
 
-/// Prompts of the rows, numbered from `before`; those of a named task without an `id` are called after it.
+/// Prompts of the rows that are short enough, numbered from `before`; those of a named task without an `id` are called after it.
 fn render(
     recipe: &Recipe,
     task: &TaskConfig,
@@ -186,21 +184,25 @@ fn render(
     chat: Option<&ChatTemplate>,
     tokenizer: &Tokenizer,
 ) -> Result<Vec<Arc<Prompt>>> {
-    let renderer =
-        Renderer { template: task.prompt.as_deref(), system: task.system.as_deref(), chat, tokenizer };
+    let files: Vec<&Path> =
+        [&task.path, &task.eval_path].into_iter().flatten().map(|path| path.as_path()).collect();
+    let (template, system) = (task.prompt.as_deref(), task.system.as_deref());
+    let renderer = Renderer { template, system, chat, tokenizer, files: &files };
     let name: Arc<str> = task.name.as_str().into();
     let prompt = |(i, row): (usize, &Row)| {
-        let mut prompt = renderer.prompt(i, row)?;
+        let Some(mut prompt) = renderer.prompt_within(i, row, recipe.data.max_prompt_tokens)? else {
+            return Ok(None);
+        };
         prompt.index += before;
         prompt.task = Arc::clone(&name);
         if !recipe.task.is_empty() && row.get("id").is_none_or(Value::is_null) {
             prompt.id = format!("{name}-{}", prompt.id);
         }
-        Ok(Arc::new(prompt))
+        Ok(Some(Arc::new(prompt)))
     };
     // one after another is the order of errors, whatever the threads did
-    let rendered: Vec<Result<Arc<Prompt>>> = rows.par_iter().enumerate().map(prompt).collect();
-    rendered.into_iter().collect()
+    let rendered: Vec<Result<Option<Arc<Prompt>>>> = rows.par_iter().enumerate().map(prompt).collect();
+    rendered.into_iter().filter_map(Result::transpose).collect()
 }
 
 fn difficulties(train: &[Arc<Prompt>], column: &str) -> Result<Vec<f64>> {
