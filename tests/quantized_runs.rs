@@ -77,11 +77,13 @@ fn rows_of(tensor: &Tensor) -> Vec<Vec<f32>> {
 /// Runs with each setting: the first ratio is exactly 1, the adapter moved, and the merge is `merged(W, s B A, m)`, row by row.
 fn check(lora: &str, scaling: f32, dora: bool, bases: &[&str]) {
     let place = tempfile::tempdir().unwrap();
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/models/llama_tied/model.safetensors");
+    let source =
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/models/llama_tied/model.safetensors");
     let source = tensors(&source);
     for (i, base) in bases.iter().enumerate() {
         let lora = format!("model.lora={lora}");
-        let sets: Vec<&str> = [lora.as_str()].into_iter().chain((!base.is_empty()).then_some(*base)).collect();
+        let sets: Vec<&str> =
+            [lora.as_str()].into_iter().chain((!base.is_empty()).then_some(*base)).collect();
         let run = launch(place.path(), &format!("run{i}"), &sets);
         let ratios = ratios(&run);
         assert!(ratios.len() == 3 && ratios.iter().all(|r| *r == 0.0), "{base}: {ratios:?}");
@@ -117,7 +119,10 @@ fn check(lora: &str, scaling: f32, dora: bool, bases: &[&str]) {
             }
             compared += 1;
         }
-        println!("{lora} {base}: ratio_max_dev 0 in {} steps, {compared} merged matrices, moved by up to {moved:.1e}", ratios.len());
+        println!(
+            "{lora} {base}: ratio_max_dev 0 in {} steps, {compared} merged matrices, moved by up to {moved:.1e}",
+            ratios.len()
+        );
         assert!(compared == 14 && moved > 1e-4);
     }
 }

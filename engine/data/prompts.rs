@@ -128,7 +128,14 @@ impl Renderer<'_> {
         }
         let tokens = self.tokenizer.encode(&text).map_err(|e| bad(e.to_string()))?;
         let fits = tokens.len() <= max_tokens;
-        Ok(fits.then(|| Prompt { index, id, text, tokens, task: Arc::default(), fields: Arc::new(row.clone()) }))
+        Ok(fits.then(|| Prompt {
+            index,
+            id,
+            text,
+            tokens,
+            task: Arc::default(),
+            fields: Arc::new(row.clone()),
+        }))
     }
 
     fn bad(&self, id: &str, row: &Row, message: String) -> EngineError {

@@ -59,7 +59,14 @@ impl Policy {
 }
 
 impl Adapter {
-    fn measure_rows(&mut self, pool: &Pool, layer: usize, projection: Projection, rows: &mut [f32], k: usize) {
+    fn measure_rows(
+        &mut self,
+        pool: &Pool,
+        layer: usize,
+        projection: Projection,
+        rows: &mut [f32],
+        k: usize,
+    ) {
         self.add_products(layer, projection, rows, k);
         for at in self.range(layer, projection) {
             let site = &mut self.sites[at];
