@@ -113,7 +113,12 @@ impl Recipe {
                 .map_err(|e| EngineError::Config(format!("{source}: {}", with_nearest(e.message()))))?
         };
         recipe.validate()?;
-        Ok(recipe)
+        let written: Table =
+            recipe.to_toml().parse().map_err(|e: toml::de::Error| EngineError::Config(e.to_string()))?;
+        match nan_in(&Value::Table(written)) {
+            Some(key) => Err(EngineError::Config(format!("{origin}: {} is not a number", &key[1..]))),
+            None => Ok(recipe),
+        }
     }
 
     /// The recipe as TOML, every default written out.
@@ -134,6 +139,16 @@ impl Recipe {
             }
         }
         stages
+    }
+}
+
+/// The path of a number that is none, a dot before every key.
+fn nan_in(value: &Value) -> Option<String> {
+    match value {
+        Value::Float(x) => x.is_nan().then(String::new),
+        Value::Table(table) => table.iter().find_map(|(key, v)| Some(format!(".{key}{}", nan_in(v)?))),
+        Value::Array(list) => list.iter().enumerate().find_map(|(i, v)| Some(format!(".{i}{}", nan_in(v)?))),
+        _ => None,
     }
 }
 
@@ -324,6 +339,10 @@ mod tests {
         for key in ["reward.0.weight=nan", "reward.1.error_score=inf"] {
             let error = set(&[key]).unwrap_err().to_string();
             assert!(error.contains("finite"), "{error}");
+        }
+        for key in ["optimizer.weight_decay", "optimizer.eps"] {
+            let error = set(&[&format!("{key}=nan")]).unwrap_err().to_string();
+            assert!(error.contains(key) && error.contains("is not a number"), "{error}");
         }
     }
 
