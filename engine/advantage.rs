@@ -5,6 +5,7 @@
 //! A completion whose verifiers all abstained has no reward: it is left out of the statistics and its advantage
 //! is 0, so one failed script never turns a group into NaN. Token-level estimators are in [`returns`].
 
+pub mod dense;
 pub mod returns;
 
 use std::ops::Range;
@@ -60,6 +61,30 @@ pub enum Combine {
     NormalizeThenSum,
 }
 
+/// Which tokens answer for which rewards. Without dense rewards and a discount, all three are the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CreditRule {
+    /// The outcome is compared within the group; dense rewards are normalised over all of the group's, and a token has the
+    /// sum of those from it on ([`dense::process`]; GRPO's process supervision, arXiv 2402.03300, section 4.1.3).
+    #[default]
+    Process,
+    /// Each token has the discounted rewards from it on ([`returns::discounted_returns`]) less the completion's baseline.
+    Returns,
+    /// Every token has the whole completion's.
+    Completion,
+}
+
+/// What is left of a group (GFPO).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FilterConfig {
+    /// What decides.
+    pub by: GroupFilter,
+    /// Completions kept; at least 2 and fewer than the group has.
+    pub keep: usize,
+}
+
 /// How rewards become advantages.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -74,6 +99,21 @@ pub struct AdvantageConfig {
     pub combine: Combine,
     /// Whether the advantages are brought to mean 0 and deviation 1 over the step at the end.
     pub whiten: bool,
+    /// Which tokens answer for which rewards.
+    pub credit: CreditRule,
+    /// Discount a token of `credit = "returns"`.
+    pub gamma: f64,
+    /// Keeps some completions of every group; the others have no part in its statistics and no advantage.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub filter: Option<FilterConfig>,
+}
+
+impl AdvantageConfig {
+    /// Whether completions are held against their own group, so that a group of equal rewards teaches nothing.
+    pub fn compares_in_group(&self) -> bool {
+        let baseline = !matches!(self.baseline, Baseline::BatchMean | Baseline::Greedy | Baseline::Zero);
+        baseline || matches!(self.scale, Scale::Group | Scale::Mean) || self.filter.is_some()
+    }
 }
 
 impl Default for AdvantageConfig {
@@ -84,6 +124,9 @@ impl Default for AdvantageConfig {
             eps: 1e-4,
             combine: Combine::SumThenNormalize,
             whiten: false,
+            credit: CreditRule::Process,
+            gamma: 1.0,
+            filter: None,
         }
     }
 }
@@ -155,13 +198,48 @@ pub fn matrix_advantages(
     Advantages { values, ..plain }
 }
 
+/// A reward and what it is held against.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Compared {
+    /// The reward.
+    pub reward: f64,
+    /// What is subtracted.
+    pub baseline: f64,
+    /// What divides.
+    pub divisor: f64,
+}
+
+impl Compared {
+    /// The advantage.
+    pub fn value(self) -> f64 {
+        (self.reward - self.baseline) / self.divisor
+    }
+}
+
 /// Advantages of groups of any sizes.
 pub fn grouped(rewards: &Rewards, groups: &[Range<usize>], config: &AdvantageConfig) -> Advantages {
+    let (mut out, compared) = compare(rewards, groups, config);
+    let mut values: Vec<Option<f64>> = compared.iter().map(|c| c.map(Compared::value)).collect();
+    if config.whiten {
+        let present: Vec<f64> = values.iter().filter_map(|v| *v).collect();
+        let (mean, std) = (mean(&present), std_dev(&present));
+        values.iter_mut().flatten().for_each(|v| *v = (*v - mean) / (std + config.eps));
+    }
+    out.values = values.into_iter().map(|v| v.unwrap_or(0.0) as f32).collect();
+    out
+}
+
+/// Every reward with its baseline and divisor, `None` where it abstains, and the statistics; no whitening, no values.
+pub fn compare(
+    rewards: &Rewards,
+    groups: &[Range<usize>],
+    config: &AdvantageConfig,
+) -> (Advantages, Vec<Option<Compared>>) {
     let all: Vec<f64> = rewards.values.iter().filter_map(finite).collect();
     let (batch_mean, batch_std) = (mean(&all), std_dev(&all));
     let non_zero = all.iter().filter(|r| **r != 0.0).count().max(1) as f64 / all.len().max(1) as f64;
     let mut out = Advantages { reward_mean: batch_mean, reward_std: batch_std, ..Advantages::default() };
-    let mut values: Vec<Option<f64>> = vec![None; rewards.values.len()];
+    let mut compared = vec![None; rewards.values.len()];
     for group in groups {
         let scored: Vec<(usize, f64)> =
             group.clone().filter_map(|r| Some((r, finite(&rewards.values[r])?))).collect();
@@ -181,11 +259,11 @@ pub fn grouped(rewards: &Rewards, groups: &[Range<usize>], config: &AdvantageCon
             Some(b) if b.1 >= x.1 => Some(b),
             _ => Some(*x),
         });
-        for &(row, r) in &scored {
+        for &(row, reward) in &scored {
             let baseline = match config.baseline {
                 Baseline::GroupMean => mean,
-                Baseline::LeaveOneOut if n > 1 => (mean * n as f64 - r) / (n - 1) as f64,
-                Baseline::LeaveOneOut => r,
+                Baseline::LeaveOneOut if n > 1 => (mean * n as f64 - reward) / (n - 1) as f64,
+                Baseline::LeaveOneOut => reward,
                 Baseline::BatchMean => batch_mean,
                 Baseline::LengthWeighted => {
                     let tokens: usize = scored.iter().map(|(i, _)| rewards.lengths[*i]).sum();
@@ -197,20 +275,14 @@ pub fn grouped(rewards: &Rewards, groups: &[Range<usize>], config: &AdvantageCon
                     .filter(|(i, _)| *i != row)
                     .map(|(_, r)| *r)
                     .fold(f64::NEG_INFINITY, f64::max),
-                Baseline::SecondBest => r,
+                Baseline::SecondBest => reward,
                 Baseline::Greedy => rewards.greedy[row],
                 Baseline::Zero => 0.0,
             };
-            values[row] = Some((r - baseline) / divisor);
+            compared[row] = Some(Compared { reward, baseline, divisor });
         }
     }
-    if config.whiten {
-        let present: Vec<f64> = values.iter().filter_map(|v| *v).collect();
-        let (mean, std) = (mean(&present), std_dev(&present));
-        values.iter_mut().flatten().for_each(|v| *v = (*v - mean) / (std + config.eps));
-    }
-    out.values = values.into_iter().map(|v| v.unwrap_or(0.0) as f32).collect();
-    out
+    (out, compared)
 }
 
 /// By what GFPO keeps completions of a group (Shrivastava et al. 2025, arXiv 2508.09726, section 3).

@@ -61,6 +61,8 @@ pub struct MemoryPlan {
     pub moments: usize,
     /// Copy of the weights or the adapter that reference logprobs come from.
     pub reference: usize,
+    /// A separate trunk of the critic and its moments.
+    pub critic: usize,
     /// KV block pool.
     pub kv: usize,
     /// The rollout's and the learner's chunks of logits.
@@ -123,6 +125,12 @@ impl MemoryPlan {
                 + waiting_bytes(&weights, step_rows),
             moments: Moments::planned_bytes(policy.trainable(), &recipe.optimizer),
             reference,
+            critic: match recipe.algorithm.critic {
+                Some(critic) if critic.is_separate() => {
+                    policy.trainable().bytes() + Moments::planned_bytes(policy.trainable(), &recipe.optimizer)
+                }
+                _ => 0,
+            },
             kv: 0,
             logits: held_bytes(decoding.min(logits_rows(spec.vocab)) * spec.vocab * 4)
                 + copies * held_bytes(chunk_targets(spec.vocab).min(step_rows) * spec.vocab * 4),
@@ -197,6 +205,7 @@ impl MemoryPlan {
             + self.gradients
             + self.moments
             + self.reference
+            + self.critic
             + self.kv
             + self.logits
             + self.activations
@@ -220,6 +229,7 @@ impl fmt::Display for MemoryPlan {
             ("gradients", self.gradients, String::new()),
             ("optimizer moments", self.moments, String::new()),
             ("reference", self.reference, String::new()),
+            ("critic", self.critic, String::new()),
             ("KV blocks", self.kv, format!("{} blocks of {BLOCK} positions", self.kv_blocks)),
             ("logits", self.logits, String::new()),
             ("activations", self.activations, activations),

@@ -29,6 +29,8 @@ pub enum Purpose {
     Freeze = 6,
     /// Chances of rows and past groups, keyed (task, position) or (step).
     Curriculum = 7,
+    /// Which tokens lose their gradient, keyed (step).
+    Covariance = 12,
 }
 
 fn mix(mut z: u64) -> u64 {

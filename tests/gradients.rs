@@ -5,6 +5,7 @@ use rft_engine::learner::batch::{GroupTokens, Piece, micro_batches, pack};
 use rft_engine::model::backprop::{PackedBatch, Trainer};
 use rft_engine::model::policy::{Grads, Policy, new_model_spec};
 use rft_engine::model::spec::ModelSpec;
+use rft_engine::model::value_head::ValueHead;
 use rft_kernels::{Pool, Warp};
 
 const PLAIN: Warp = Warp { temperature: 0.8, top_k: 0, top_p: 1.0, min_p: 0.0 };
@@ -353,5 +354,88 @@ fn splitting_the_batch_leaves_the_gradient_bits_alone_in_bf16() {
                 "{max_rows} rows a micro-batch, {cuts} of them"
             );
         }
+    }
+}
+
+/// A head away from its start of zeros.
+fn value_head() -> ValueHead {
+    let mut head = ValueHead::new(24);
+    head.weights.iter_mut().enumerate().for_each(|(i, w)| *w = 0.1 * ((i * 5 % 13) as f32 - 6.0));
+    head
+}
+
+/// Sum of the weighted values and, with `logits`, of what [`objective`] sums.
+fn valued(policy: &Policy, head: &ValueHead, logits: bool) -> f64 {
+    let (groups, pool, mut trainer) = (groups(), Pool::new(2), Trainer::default());
+    let batch = packed(&groups, &micro_batches(&groups, 100)[0]);
+    trainer.forward_hidden(&pool, &policy.weights(), &batch, false);
+    let values = trainer.values(&batch, head);
+    let sum = values.iter().enumerate().map(|(i, v)| f64::from(*v) * (1.0 - 0.3 * (i % 4) as f64));
+    sum.sum::<f64>() + if logits { objective(&pool, policy, &mut trainer) } else { 0.0 }
+}
+
+/// Gradients of [`valued`] by the trunk and by the head.
+fn valued_gradient(policy: &Policy, head: &ValueHead, logits: bool, max_rows: usize) -> (Grads, Vec<f32>) {
+    let (groups, pool, mut trainer) = (groups(), Pool::new(2), Trainer::default());
+    let (mut grads, mut head_grad, mut at) = (policy.new_grads(), vec![0.0; head.weights.len()], 0);
+    for pieces in micro_batches(&groups, max_rows) {
+        let batch = packed(&groups, &pieces);
+        let targets = at..at + batch.targets.len();
+        at = targets.end;
+        let (mut dl, mut de) = (Vec::new(), Vec::new());
+        if logits {
+            trainer.forward(&pool, &policy.weights(), &batch, &PLAIN);
+            (dl, de) = targets.clone().map(weight).unzip();
+        } else {
+            trainer.forward_hidden(&pool, &policy.weights(), &batch, true);
+        }
+        let d: Vec<f32> = targets.map(|i| 1.0 - 0.3 * (i % 4) as f32).collect();
+        trainer.values_backward(&batch, head, &d, &mut head_grad);
+        trainer.backward(&pool, &policy.weights(), &batch, &PLAIN, &dl, &de, &mut grads);
+    }
+    trainer.finish(&pool, &policy.weights(), &mut grads);
+    (grads, head_grad)
+}
+
+#[test]
+fn a_value_heads_gradient_reaches_the_whole_trunk() {
+    for logits in [false, true] {
+        let (mut policy, mut head) = (policy(), value_head());
+        let (grads, head_grad) = valued_gradient(&policy, &head, logits, 100);
+        let check = |name: &str, g: &[f32], shifted: &mut dyn FnMut(f64) -> f64| {
+            let norm = g.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
+            assert!(norm > 1e-4, "{name} has no gradient ({norm})");
+            let h = 1e-2 / norm.max(1.0) / norm;
+            let numeric = (shifted(h) - shifted(-h)) / (2.0 * h);
+            let analytic = norm * norm;
+            assert!(
+                (numeric - analytic).abs() < 0.02 * analytic,
+                "{name}: numeric {numeric}, analytic {analytic}"
+            );
+        };
+        for id in 0..policy.base.slots().len() {
+            let name = policy.base.slots()[id].parts[0].name.clone();
+            let g = grads.base[policy.base.grad_range(id).unwrap()].to_vec();
+            check(&name, &g, &mut |h| {
+                let original = policy.base.values(id).to_vec();
+                for (w, d) in policy.base.values_mut(id).iter_mut().zip(&g) {
+                    *w += (h * f64::from(*d)) as f32;
+                }
+                let value = valued(&policy, &head, logits);
+                policy.base.values_mut(id).copy_from_slice(&original);
+                value
+            });
+        }
+        check("head", &head_grad, &mut |h| {
+            let original = head.clone();
+            head.weights.iter_mut().zip(&head_grad).for_each(|(w, d)| *w += (h * f64::from(*d)) as f32);
+            let value = valued(&policy, &head, logits);
+            head = original;
+            value
+        });
+        let (split, split_head) = valued_gradient(&policy, &head, logits, 11);
+        let bits = |g: &[f32]| g.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+        assert_eq!(bits(&grads.base), bits(&split.base));
+        assert_eq!(bits(&head_grad), bits(&split_head));
     }
 }

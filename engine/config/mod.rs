@@ -4,6 +4,7 @@
 //! are errors that name the file, the line and the nearest valid key. `--set a.b=value` changes one key.
 
 mod amft;
+mod critic;
 mod preference;
 mod reference;
 mod sections;
@@ -189,14 +190,15 @@ fn over_preset(mut base: Table, own: Table, place: &str) -> Result<Table> {
             )));
         };
         // a named algorithm starts from its own settings, not from those of another
-        base.retain(|key, _| key != "objective" && key != "advantage");
+        base.retain(|key, _| !matches!(key, "objective" | "advantage" | "critic"));
         let bad = |e: toml::ser::Error| EngineError::Config(e.to_string());
         let objective = Value::Table(Table::try_from(objective).map_err(bad)?);
         let advantage = Value::Table(Table::try_from(advantage).map_err(bad)?);
-        lay_over(
-            &mut base,
-            &Table::from_iter([("objective".into(), objective), ("advantage".into(), advantage)]),
-        );
+        let mut named = Table::from_iter([("objective".into(), objective), ("advantage".into(), advantage)]);
+        if let Some(critic) = presets::critic(name) {
+            named.insert("critic".into(), Value::Table(Table::try_from(critic).map_err(bad)?));
+        }
+        lay_over(&mut base, &named);
     }
     lay_over(&mut base, &own);
     Ok(base)
@@ -330,7 +332,6 @@ mod tests {
         assert_eq!(Recipe::parse(&recipe.to_toml(), "recipe.toml", &[]).unwrap(), recipe);
         let error = set(&["algorithm.preset=\"gropo\""]).unwrap_err().to_string();
         assert!(error.contains("gropo") && error.contains("dr_grpo"), "{error}");
-        assert!(set(&["algorithm.advantage.baseline=\"greedy\""]).is_err());
         assert!(set(&["algorithm.objective.top_entropy=0.0"]).is_err());
         let correction =
             "algorithm.objective.sampler_correction={level=\"token\", out_of_bounds=\"truncate\", max=2.0}";

@@ -11,6 +11,7 @@ use crate::data::arithmetic::ArithmeticConfig;
 use crate::data::feed::Curriculum;
 use crate::learner::optimizer::{MomentKind, OptimizerKind};
 use crate::loss::Objective;
+use crate::loss::value::CriticConfig;
 
 /// The policy: a path to load, or a new model to initialise.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -322,6 +323,9 @@ pub struct AlgorithmConfig {
     pub objective: Objective,
     /// What the KL term compares with.
     pub reference: ReferenceConfig,
+    /// Judges every token's state, in the place of comparisons within the group.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub critic: Option<CriticConfig>,
     /// Completions cut at `max_new_tokens` do not enter the loss.
     pub mask_truncated: bool,
 }

@@ -1,7 +1,7 @@
 //! What a recipe asks for and a run cannot give, each with its remedy.
 
 use super::{PairSource, Recipe, StageKind};
-use crate::advantage::{Baseline, Combine};
+use crate::advantage::Combine;
 use crate::error::{EngineError, Result};
 use crate::loss::kl::Placement;
 
@@ -10,12 +10,6 @@ impl Recipe {
     fn validate_algorithm(&self) -> Result<()> {
         let fail = |message: &str| Err(EngineError::Config(message.into()));
         let (advantage, objective) = (&self.algorithm.advantage, &self.algorithm.objective);
-        if advantage.baseline == Baseline::Greedy {
-            return fail(
-                "algorithm.advantage.baseline = \"greedy\" needs a greedy completion of every prompt, which rollouts \
-                 do not draw yet. hint: \"leave_one_out\" is the nearest baseline",
-            );
-        }
         if advantage.combine == Combine::NormalizeThenSum {
             if self.reward.windows(2).any(|r| r[0].weight != r[1].weight) {
                 return fail(
@@ -137,6 +131,7 @@ impl Recipe {
             return fail("reward: a grpo stage needs at least one [[reward]]".into());
         }
         self.validate_algorithm()?;
+        self.validate_credit()?;
         self.algorithm.reference.validate()?;
         self.validate_kl()?;
         self.validate_amft()?;
@@ -166,9 +161,11 @@ impl Recipe {
                 return fail(format!("{key} must be at least 1"));
             }
         }
-        if r.group_size < 2 && grpo {
+        if r.group_size == 0 || (r.group_size < 2 && grpo && self.compares_in_group()) {
             return fail(
-                "rollout.group_size must be at least 2: an advantage compares the completions of a group"
+                "rollout.group_size must be at least 2: an advantage compares the completions of a group. hint: one is \
+                 enough with [algorithm.critic], or with a baseline of \"greedy\", \"batch_mean\" or \"zero\" and \
+                 scale = \"none\""
                     .into(),
             );
         }

@@ -93,6 +93,13 @@ impl Buffers {
         }
     }
 
+    /// Gives a buffer another name; nothing where there is none.
+    pub fn rename(&mut self, from: &str, to: &str) {
+        if let Some(buffer) = self.stored.remove(from) {
+            self.stored.insert(to.to_string(), buffer);
+        }
+    }
+
     fn misfit(&self, name: &str, what: &str, len: usize, found: Option<&Stored>) -> EngineError {
         let found = match found {
             None => "nothing".to_string(),

@@ -2,6 +2,7 @@
 
 pub mod batch;
 pub mod checkpoint;
+pub mod critic;
 mod gradient;
 pub mod optimizer;
 pub mod schedule;

@@ -7,12 +7,14 @@
 use rft_kernels::{Pool, Warp};
 
 use crate::config::OptimizerConfig;
-use crate::error::Result;
+use crate::error::{EngineError, Result};
 use crate::learner::batch::{GroupTokens, Piece, micro_batches, pack};
+use crate::learner::critic::Critic;
 use crate::learner::gradient::check_finite;
 use crate::learner::optimizer::AdamW;
 use crate::model::backprop::{PackedBatch, Scores, Trainer};
 use crate::model::policy::{Grads, Policy, Weights};
+use crate::model::value_head::ValueHead;
 
 /// Gradient of the loss of one micro-batch, by target.
 #[derive(Debug, Default)]
@@ -30,6 +32,17 @@ pub struct UpdateStats {
     pub grad_norm: f64,
     /// Rows computed: prompt tokens once a group and completion tokens.
     pub rows: usize,
+}
+
+/// What a critic takes part in an update with.
+#[derive(Debug)]
+pub struct CriticStep<'a> {
+    /// The critic, on the trunk that the update trains.
+    pub critic: &'a mut Critic,
+    /// Learning rate of its head.
+    pub lr: f64,
+    /// Leaves the trunk as it is: only the head learns.
+    pub head_only: bool,
 }
 
 /// Gradient buffers, optimizer state and activations of one policy.
@@ -97,6 +110,23 @@ impl Learner {
         all
     }
 
+    /// Values of the states in which every completion token was drawn, in target order.
+    pub fn values(
+        &mut self,
+        pool: &Pool,
+        weights: &Weights,
+        groups: &[GroupTokens],
+        head: &ValueHead,
+    ) -> Vec<f32> {
+        let mut all = Vec::new();
+        for pieces in micro_batches(groups, self.max_rows) {
+            let batch = pack(groups, &pieces);
+            self.trainer.forward_hidden(pool, weights, &batch, false);
+            all.extend(self.trainer.values(&batch, head));
+        }
+        all
+    }
+
     /// Accumulates the gradient over all micro-batches and applies one update.
     ///
     /// # Errors
@@ -112,27 +142,94 @@ impl Learner {
         lr: f64,
         mut objective: impl FnMut(&[Piece], &Scores) -> Result<ScoreGrads>,
     ) -> Result<UpdateStats> {
+        self.update_with(pool, policy, groups, Some(warp), optimizer, lr, None, |pieces, scores, _| {
+            Ok((objective(pieces, scores)?, Vec::new()))
+        })
+    }
+
+    /// As [`Learner::update`] with a critic's values among what the objective sees, and their gradient among what it
+    /// answers. Without a `warp` no logprob is computed: scores are empty and so must their gradients be.
+    ///
+    /// # Errors
+    /// As [`Learner::update`].
+    #[allow(clippy::too_many_arguments)]
+    pub fn update_with(
+        &mut self,
+        pool: &Pool,
+        policy: &mut Policy,
+        groups: &[GroupTokens],
+        warp: Option<&Warp>,
+        optimizer: &OptimizerConfig,
+        lr: f64,
+        mut critic: Option<CriticStep>,
+        mut objective: impl FnMut(&[Piece], &Scores, &[f32]) -> Result<(ScoreGrads, Vec<f32>)>,
+    ) -> Result<UpdateStats> {
         self.grads.clear();
+        if let Some(c) = &mut critic {
+            c.critic.grad.fill(0.0);
+        }
+        let trains_trunk = !critic.as_ref().is_some_and(|c| c.head_only);
         let mut stats = UpdateStats::default();
         let weights = policy.weights();
+        let unused = Warp { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0 };
         for pieces in micro_batches(groups, self.max_rows) {
             let batch = PackedBatch { update: Some(self.adam.updates), ..pack(groups, &pieces) };
             stats.rows += batch.tokens.len();
-            let scores = self.trainer.forward(pool, &weights, &batch, warp);
-            let d = objective(&pieces, &scores)?;
+            let scores = match warp {
+                Some(warp) => self.trainer.forward(pool, &weights, &batch, warp),
+                None => {
+                    self.trainer.forward_hidden(pool, &weights, &batch, trains_trunk);
+                    Scores::default()
+                }
+            };
+            let values = critic.as_ref().map(|c| self.trainer.values(&batch, &c.critic.head));
+            let (d, d_values) = objective(&pieces, &scores, values.as_deref().unwrap_or(&[]))?;
             check_finite("logprob", groups, &pieces, &scores.entropies)?;
             check_finite("loss gradient", groups, &pieces, &d.logprobs)?;
             check_finite("entropy gradient", groups, &pieces, &d.entropies)?;
-            self.trainer.backward(pool, &weights, &batch, warp, &d.logprobs, &d.entropies, &mut self.grads);
+            check_finite("value gradient", groups, &pieces, &d_values)?;
+            if let Some(c) = &mut critic {
+                let Critic { head, grad, .. } = &mut *c.critic;
+                self.trainer.values_backward(&batch, head, &d_values, grad);
+            }
+            if trains_trunk {
+                let warp = warp.unwrap_or(&unused);
+                self.trainer.backward(
+                    pool,
+                    &weights,
+                    &batch,
+                    warp,
+                    &d.logprobs,
+                    &d.entropies,
+                    &mut self.grads,
+                );
+            }
         }
         self.trainer.finish(pool, &weights, &mut self.grads);
-        let grads = if policy.adapter.is_some() { &self.grads.adapter } else { &self.grads.base };
-        if !rft_kernels::sum_of_squares(pool, grads).is_finite() {
-            return Err(self.culprit(pool, &weights, groups, warp, objective)?);
+        let own = if policy.adapter.is_some() { &self.grads.adapter } else { &self.grads.base };
+        let head_grad = critic.as_ref().map_or(&[][..], |c| &c.critic.grad);
+        if ![&own[..], head_grad].iter().all(|g| rft_kernels::sum_of_squares(pool, g).is_finite()) {
+            return Err(match (warp, &critic) {
+                (Some(warp), None) => {
+                    let alone = |pieces: &[Piece], scores: &Scores| Ok(objective(pieces, scores, &[])?.0);
+                    self.culprit(pool, &weights, groups, warp, alone)?
+                }
+                _ => EngineError::Numeric(
+                    "the gradient of policy and critic is not finite though every loss term is; nothing was updated. \
+                     hint: lower optimizer.lr or algorithm.critic.lr"
+                        .into(),
+                ),
+            });
         }
-        stats.grad_norm = self.adam.step(pool, policy.trainable_mut(), grads, optimizer, lr);
-        policy.version.0 += 1;
-        policy.measure_adapter(pool);
+        if let Some(c) = critic {
+            c.critic.step(pool, optimizer, c.lr);
+        }
+        if trains_trunk {
+            let grads = if policy.adapter.is_some() { &self.grads.adapter } else { &self.grads.base };
+            stats.grad_norm = self.adam.step(pool, policy.trainable_mut(), grads, optimizer, lr);
+            policy.version.0 += 1;
+            policy.measure_adapter(pool);
+        }
         Ok(stats)
     }
 

@@ -93,19 +93,72 @@ pub fn entropy_threshold(entropy: &[f32], mask: &[bool], share: f64) -> Option<f
     Some(if w < 0.5 { a + w * (b - a) } else { b - (b - a) * (1.0 - w) })
 }
 
-/// Coefficient of the penalty |log r| by token: `coefficient` for the `share` of masked-in tokens whose logprob and
-/// advantage covary most, 0 for the rest (KL-Cov, Cui et al. 2025, arXiv 2505.22617, eq. 11).
-pub fn kl_cov(new: &[f32], advantages: &[f32], mask: &[bool], share: f64, coefficient: f64) -> Vec<f32> {
-    let mut out = vec![0.0; new.len()];
+/// What is done about the few tokens whose logprob and advantage covary most, which drive the entropy down (Cui et al.
+/// 2025, arXiv 2505.22617, section 4).
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Covariance {
+    /// The greatest `share` pays `coefficient * |log r|` ([`kl_cov`]).
+    Kl {
+        /// Share of the tokens.
+        share: f64,
+        /// Factor of the penalty.
+        coefficient: f64,
+    },
+    /// A random `share`, drawn among the tokens whose covariance is between `low` and `high`, has no gradient ([`clip_cov`]).
+    Clip {
+        /// Share of the tokens.
+        share: f64,
+        /// Least covariance.
+        low: f64,
+        /// Greatest covariance.
+        high: f64,
+    },
+}
+
+/// `(A - mean A) (log p - mean log p)` of the masked-in tokens, by token (arXiv 2505.22617, eq. 9).
+fn covariances(new: &[f32], advantages: &[f32], mask: &[bool]) -> Vec<(usize, f64)> {
     let valid: Vec<usize> = (0..new.len()).filter(|&t| mask[t]).collect();
     let mean = |x: &[f32]| valid.iter().map(|&t| f64::from(x[t])).sum::<f64>() / valid.len().max(1) as f64;
     let (mean_new, mean_advantage) = (mean(new), mean(advantages));
     let covariance = |t: usize| (f64::from(advantages[t]) - mean_advantage) * (f64::from(new[t]) - mean_new);
-    let mut ranked = valid.clone();
-    ranked.sort_by(|&a, &b| covariance(b).total_cmp(&covariance(a)));
-    let count = ((valid.len() as f64 * share) as usize).max(1);
-    for &t in ranked.iter().take(count) {
+    valid.iter().map(|&t| (t, covariance(t))).collect()
+}
+
+fn share_of(tokens: usize, share: f64) -> usize {
+    ((tokens as f64 * share) as usize).max(1)
+}
+
+/// Coefficient of the penalty |log r| by token: `coefficient` for the `share` of masked-in tokens whose logprob and
+/// advantage covary most, 0 for the rest (KL-Cov, arXiv 2505.22617, eq. 11).
+pub fn kl_cov(new: &[f32], advantages: &[f32], mask: &[bool], share: f64, coefficient: f64) -> Vec<f32> {
+    let mut out = vec![0.0; new.len()];
+    let mut ranked = covariances(new, advantages, mask);
+    ranked.sort_by(|a, b| b.1.total_cmp(&a.1));
+    for &(t, _) in ranked.iter().take(share_of(ranked.len(), share)) {
         out[t] = coefficient as f32;
+    }
+    out
+}
+
+/// Factor of the policy term by token: 0 for a random `share` of the masked-in tokens, drawn among those whose covariance
+/// is within `bounds`, 1 for the rest (Clip-Cov, arXiv 2505.22617, eq. 10). `below(n)` draws a number under n.
+pub fn clip_cov(
+    new: &[f32],
+    advantages: &[f32],
+    mask: &[bool],
+    share: f64,
+    bounds: (f64, f64),
+    mut below: impl FnMut(u64) -> u64,
+) -> Vec<f32> {
+    let all = covariances(new, advantages, mask);
+    let mut within: Vec<usize> =
+        all.iter().filter(|(_, c)| *c > bounds.0 && *c < bounds.1).map(|(t, _)| *t).collect();
+    let mut out = vec![1.0; new.len()];
+    for i in 0..share_of(all.len(), share).min(within.len()) {
+        let pick = i + below((within.len() - i) as u64) as usize;
+        within.swap(i, pick);
+        out[within[i]] = 0.0;
     }
     out
 }
@@ -132,5 +185,18 @@ mod tests {
         assert_eq!(entropy_threshold(&[1.0, 3.0, 9.0, 2.0], &mask, 0.5), Some(2.0));
         assert_eq!(entropy_threshold(&[1.0, 3.0, 9.0, 2.0], &mask, 0.25), Some(2.5));
         assert_eq!(entropy_threshold(&[1.0], &[false], 0.5), None);
+    }
+
+    #[test]
+    fn clipping_by_covariance_leaves_out_a_share_within_the_bounds() {
+        // means -1 and 0: covariances 1, -1, 0, 0, 4 x masked
+        let new = [0.0, 0.0, -2.0, -2.0, -9.0];
+        let advantages = [1.0, -1.0, 0.0, 0.0, 5.0];
+        let mask = [true, true, true, true, false];
+        let factors = |share, bounds| clip_cov(&new, &advantages, &mask, share, bounds, |n| n - 1);
+        assert_eq!(factors(0.5, (0.5, 5.0)), [0.0, 1.0, 1.0, 1.0, 1.0]);
+        assert_eq!(factors(0.5, (-2.0, 5.0)).iter().filter(|f| **f == 0.0).count(), 2);
+        assert_eq!(factors(0.01, (-2.0, 5.0)).iter().filter(|f| **f == 0.0).count(), 1, "at least one");
+        assert_eq!(factors(0.5, (2.0, 5.0)), [1.0; 5]);
     }
 }

@@ -17,7 +17,7 @@ use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
-use correction::SamplerCorrection;
+use correction::{Covariance, SamplerCorrection};
 use entropy::EntropyControl;
 use kl::{KlConfig, Placement};
 use surrogate::{Bound, ClipRange, Surrogate, TermInputs};
@@ -103,6 +103,9 @@ pub struct Objective {
     /// Importance weights for rollouts whose logprobs are not the learner's.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sampler_correction: Option<SamplerCorrection>,
+    /// What is done about the tokens that drive the entropy down.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub covariance: Option<Covariance>,
     /// KL to the reference policy.
     pub kl: KlConfig,
 }
@@ -122,6 +125,7 @@ impl Default for Objective {
             surrogate: Surrogate::Clip,
             entropy_control: EntropyControl::Fixed,
             sampler_correction: None,
+            covariance: None,
             kl: KlConfig::default(),
         }
     }

@@ -15,26 +15,28 @@
 //! | `gmpo` | geometric mean of clipped ratios, 0.4 | arXiv 2507.20673 eq. 4 | grpo.json, trainer GMPOTrainer; ppo.json geo_mean |
 //! | `dppo_tv`, `dppo_kl` | probability-move mask | arXiv 2602.04879 | ppo.json dppo_tv, dppo_kl |
 //! | `rloo` | leave-one-out, completion ratio, k1 in the reward | arXiv 2402.14740 eq. 6 | rloo.json |
-//! | `ppo` | dual clip 3, k1 in the reward | arXiv 1707.06347 eq. 7 | ppo.json vanilla |
-//! | `reinforce_pp` | rewards whitened over the step, k1 in the reward | arXiv 2501.03262 | ppo.json reinforce_plus_plus |
-//! | `reinforce_pp_baseline` | group mean, whitened over the step, k2 in the loss | arXiv 2501.03262 | ppo.json reinforce_plus_plus_baseline |
+//! | `ppo` | critic, generalised advantages, dual clip 3, k1 in the tokens' rewards | arXiv 1707.06347 eq. 7, 1506.02438 eq. 16 | ppo.json vanilla, gae, value_loss |
+//! | `reinforce_pp` | returns whitened over the step's tokens, k1 in the tokens' rewards | arXiv 2501.03262 | ppo.json reinforce_plus_plus |
+//! | `reinforce_pp_baseline` | group mean, whitened over the step's tokens, k2 in the loss | arXiv 2501.03262 | ppo.json reinforce_plus_plus_baseline |
 //! | `gdpo` | each reward normalised, then summed | arXiv 2601.05242 | advantages.json normalize_then_sum |
 //! | `gpg` | plain policy gradient, scaled by informative rewards | arXiv 2504.02546 | ppo.json gpg |
 //! | `opo` | length-weighted baseline, plain policy gradient | arXiv 2505.23585 eq. 5 | ppo.json opo |
 //! | `remax` | greedy baseline | arXiv 2310.10505 eq. 4 | ppo.json remax |
 //! | `pass_at_k` | best minus second best | arXiv 2503.19595 | ppo.json grpo_passk |
 //! | `maxrl` | divided by the group's mean | arXiv 2602.02710 | unit test in `advantage.rs` |
-//!
-//! GFPO is [`crate::advantage::filter_groups`] before `grpo`; KL-Cov is [`super::correction::kl_cov`] with an
-//! unbounded clip.
+//! | `gfpo`, `gfpo_efficiency` | the 4 shortest, or most rewarded a token, of each group | arXiv 2508.09726 section 3 | unit test in `advantage.rs` |
+//! | `kl_cov` | no clip, penalty on the tokens of greatest covariance | arXiv 2505.22617 eq. 11 | ppo.json kl_cov |
+//! | `clip_cov` | a share of the tokens of great covariance left out | arXiv 2505.22617 eq. 10 | unit test in `correction.rs` |
 
+use super::correction::Covariance;
 use super::kl::{Estimator, Gradient, KlConfig, Placement};
 use super::surrogate::{Cispo, Divergence, Dppo, Sapo, Surrogate, Vespo};
+use super::value::CriticConfig;
 use super::{Aggregation, Objective, RatioLevel};
-use crate::advantage::{AdvantageConfig, Baseline, Combine, Scale};
+use crate::advantage::{AdvantageConfig, Baseline, Combine, CreditRule, FilterConfig, GroupFilter, Scale};
 
 /// Names that [`preset`] knows, in the order of the table above.
-pub const NAMES: [&str; 23] = [
+pub const NAMES: [&str; 27] = [
     "grpo",
     "dr_grpo",
     "dapo",
@@ -58,6 +60,10 @@ pub const NAMES: [&str; 23] = [
     "remax",
     "pass_at_k",
     "maxrl",
+    "gfpo",
+    "gfpo_efficiency",
+    "kl_cov",
+    "clip_cov",
 ];
 
 /// The settings of a named algorithm; `None` for a name that is not in [`NAMES`].
@@ -74,7 +80,8 @@ pub fn preset(name: &str) -> Option<(Objective, AdvantageConfig)> {
     };
     let group = AdvantageConfig::default();
     let unscaled = AdvantageConfig { scale: Scale::None, ..group.clone() };
-    let whitened = AdvantageConfig { whiten: true, ..unscaled.clone() };
+    let whitened = AdvantageConfig { whiten: true, credit: CreditRule::Returns, ..unscaled.clone() };
+    let filtered = |by| AdvantageConfig { filter: Some(FilterConfig { by, keep: 4 }), ..group.clone() };
     let with_baseline = |baseline| AdvantageConfig { baseline, ..unscaled.clone() };
     let with_surrogate = |surrogate| Objective { surrogate, ..plain.clone() };
     let gspo =
@@ -131,8 +138,23 @@ pub fn preset(name: &str) -> Option<(Objective, AdvantageConfig)> {
         "remax" => (with_surrogate(Surrogate::Reinforce), with_baseline(Baseline::Greedy)),
         "pass_at_k" => (plain, AdvantageConfig { baseline: Baseline::SecondBest, ..group }),
         "maxrl" => (plain, AdvantageConfig { scale: Scale::Mean, ..group }),
+        "gfpo" => (plain, filtered(GroupFilter::Shortest)),
+        "gfpo_efficiency" => (plain, filtered(GroupFilter::RewardPerToken)),
+        "kl_cov" => {
+            let covariance = Some(Covariance::Kl { share: 2e-4, coefficient: 1.0 });
+            (Objective { clip_low: 1.0, clip_high: f64::INFINITY, covariance, ..plain }, group)
+        }
+        "clip_cov" => {
+            let covariance = Some(Covariance::Clip { share: 2e-4, low: 1.0, high: 5.0 });
+            (Objective { covariance, ..plain }, group)
+        }
         _ => return None,
     })
+}
+
+/// The critic of a named algorithm that has one.
+pub fn critic(name: &str) -> Option<CriticConfig> {
+    (name == "ppo").then(CriticConfig::default)
 }
 
 #[cfg(test)]

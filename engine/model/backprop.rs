@@ -16,6 +16,7 @@ use crate::model::decoder::{Attend, LayerActs, LayerScratch, layer_again, layer_
 use crate::model::experts::experts_backward;
 use crate::model::params::SlotId;
 use crate::model::policy::{Grads, Projection, Weights};
+use crate::model::value_head::ValueHead;
 use crate::types::TokenId;
 
 /// A token whose logprob is wanted: `token` drawn from the distribution at `row`.
@@ -62,13 +63,14 @@ pub struct Trainer {
     inputs: Vec<Vec<f32>>,
     h: Vec<f32>,
     final_normed: Vec<f32>,
+    /// Gradient of `final_normed` that a critic left before the backward pass; else empty.
+    d_normed: Vec<f32>,
     scratch: LayerScratch,
     back: BackScratch,
     logits: Vec<f32>,
     raw: Vec<f32>,
     chunk: Vec<f32>,
     d_chunk: Vec<f32>,
-    d_normed: Vec<f32>,
     embed_rows: Vec<f32>,
     embed_ids: Vec<u32>,
 }
@@ -99,12 +101,46 @@ impl Trainer {
     /// Logprobs and entropies of the batch's targets; activations are kept for [`Trainer::backward`].
     pub fn forward(&mut self, pool: &Pool, w: &Weights, batch: &PackedBatch, warp: &Warp) -> Scores {
         let again = self.recomputed(w);
-        self.run(pool, w, batch, warp, again, true)
+        self.run(pool, w, batch, again, true);
+        self.head_forward(pool, w, batch, warp)
     }
 
     /// As [`Trainer::forward`], keeping nothing: for reference logprobs.
     pub fn score(&mut self, pool: &Pool, w: &Weights, batch: &PackedBatch, warp: &Warp) -> Scores {
-        self.run(pool, w, batch, warp, w.spec.layers - 1, false)
+        self.run(pool, w, batch, w.spec.layers - 1, false);
+        self.head_forward(pool, w, batch, warp)
+    }
+
+    /// As [`Trainer::forward`] for a critic alone: no logits. With `keep`, a backward pass may follow.
+    pub fn forward_hidden(&mut self, pool: &Pool, w: &Weights, batch: &PackedBatch, keep: bool) {
+        match keep {
+            true => self.run(pool, w, batch, self.recomputed(w), true),
+            false => self.run(pool, w, batch, w.spec.layers - 1, false),
+        }
+    }
+
+    /// The value of each target's row, after any forward pass of the same batch.
+    pub fn values(&self, batch: &PackedBatch, head: &ValueHead) -> Vec<f32> {
+        let hidden = head.weights.len() - 1;
+        batch.targets.iter().map(|t| head.value(&self.final_normed[t.row * hidden..][..hidden])).collect()
+    }
+
+    /// Adds the head's gradient of `sum(d_values * values)` to `grad`, targets in order; the hidden states' share waits
+    /// for [`Trainer::backward`] of the same batch.
+    pub fn values_backward(
+        &mut self,
+        batch: &PackedBatch,
+        head: &ValueHead,
+        d_values: &[f32],
+        grad: &mut [f32],
+    ) {
+        let hidden = head.weights.len() - 1;
+        self.d_normed.clear();
+        self.d_normed.resize(self.final_normed.len(), 0.0);
+        for (target, &d) in batch.targets.iter().zip(d_values) {
+            let row = target.row * hidden..(target.row + 1) * hidden;
+            head.backward(&self.final_normed[row.clone()], d, &mut self.d_normed[row], grad);
+        }
     }
 
     /// Layers to make again in the backward pass: the last one's activations are always there.
@@ -112,16 +148,9 @@ impl Trainer {
         self.recompute.min(w.spec.layers - 1)
     }
 
-    /// Runs all layers. The first `passing` share a set of activations, of which at most their `inputs` are kept.
-    fn run(
-        &mut self,
-        pool: &Pool,
-        w: &Weights,
-        batch: &PackedBatch,
-        warp: &Warp,
-        passing: usize,
-        inputs: bool,
-    ) -> Scores {
+    /// Runs all layers. The first `passing` share a set of activations, of which at most their `inputs` are kept. Leaves the
+    /// final norm's output.
+    fn run(&mut self, pool: &Pool, w: &Weights, batch: &PackedBatch, passing: usize, inputs: bool) {
         self.acts.resize_with(self.acts.len().max(w.spec.layers - passing), LayerActs::default);
         if inputs {
             self.inputs.resize_with(passing, Vec::new);
@@ -136,11 +165,13 @@ impl Trainer {
             }
             layer_forward(pool, w, layer, &batch.positions, attend, &mut self.h, acts, &mut self.scratch);
         }
-        self.head_forward(pool, w, batch, warp)
+        self.d_normed.clear();
+        w.norm(pool, w.slots.final_norm, &self.h, &mut self.final_normed);
     }
 
     /// Adds the gradients of `sum(d_logprobs * logprobs + d_entropies * entropies)` to `grads`, after
-    /// [`Trainer::forward`] of the same batch. The embedding's share waits for [`Trainer::finish`].
+    /// [`Trainer::forward`] of the same batch, and of what [`Trainer::values_backward`] left. Both slices are empty
+    /// where only that is wanted. The embedding's share waits for [`Trainer::finish`].
     #[allow(clippy::too_many_arguments)]
     pub fn backward(
         &mut self,
@@ -205,7 +236,6 @@ impl Trainer {
 
     fn head_forward(&mut self, pool: &Pool, w: &Weights, batch: &PackedBatch, warp: &Warp) -> Scores {
         let (hidden, vocab) = (w.spec.hidden, w.spec.vocab);
-        w.norm(pool, w.slots.final_norm, &self.h, &mut self.final_normed);
         let mut scores = Scores::default();
         for targets in batch.targets.chunks(chunk_targets(vocab)) {
             self.gather_chunk(targets, hidden);
@@ -232,10 +262,11 @@ impl Trainer {
     ) {
         let (hidden, vocab) = (w.spec.hidden, w.spec.vocab);
         let head = w.base.matrix(w.slots.head);
-        self.d_normed.clear();
+        // what a critic left stays
         self.d_normed.resize(self.h.len(), 0.0);
         let step = chunk_targets(vocab);
-        for (c, targets) in batch.targets.chunks(step).enumerate() {
+        // one gradient a target, or none at all
+        for (c, targets) in batch.targets[..d_logprobs.len()].chunks(step).enumerate() {
             self.gather_chunk(targets, hidden);
             w.logits(pool, &self.chunk, &mut self.logits);
             if w.spec.final_softcap.is_some() {

@@ -18,3 +18,4 @@ pub mod rope;
 mod rows;
 pub mod source;
 pub mod spec;
+pub mod value_head;

@@ -1,11 +1,13 @@
 //! The completions of a step as the objective sees them: flat, in group order.
 use std::collections::BTreeSet;
+use std::ops::Range;
 
 use crate::learner::batch::{GroupTokens, Piece};
-use crate::loss::correction::{SamplerCorrection, entropy_threshold};
+use crate::loss::correction::{Covariance, SamplerCorrection, clip_cov, entropy_threshold, kl_cov};
 use crate::loss::{BatchTotals, LossInputs, policy_loss};
 use crate::model::backprop::Scores;
 use crate::reward::ScoredGroup;
+use crate::rng::Stream;
 use crate::rollout::SamplingConfig;
 use crate::types::FinishReason;
 
@@ -20,8 +22,12 @@ pub(super) struct StepBatch<'a> {
     pub(super) mask: Vec<bool>,
     pub(super) totals: BatchTotals,
     pub(super) entropy_threshold: Option<f32>,
-    /// Logprobs as sampled where `old` is not that, and the weights that correct for the difference.
-    sampler: Option<(Vec<f32>, Vec<f32>)>,
+    /// Logprobs as sampled where `old` is not that.
+    sampler: Option<Vec<f32>>,
+    /// Coefficient of |log r| by token.
+    drift: Option<Vec<f32>>,
+    /// Factor of the policy term by token.
+    weights: Option<Vec<f32>>,
 }
 
 impl<'a> StepBatch<'a> {
@@ -46,7 +52,19 @@ impl<'a> StepBatch<'a> {
             completions: offsets.len() - 1,
             max_new_tokens: sampling.max_new_tokens,
         };
-        Self { groups, offsets, first_completion, old, mask, totals, entropy_threshold: None, sampler: None }
+        let (entropy_threshold, sampler, drift, weights) = (None, None, None, None);
+        Self {
+            groups,
+            offsets,
+            first_completion,
+            old,
+            mask,
+            totals,
+            entropy_threshold,
+            sampler,
+            drift,
+            weights,
+        }
     }
 
     /// Compares the completions from `first` on with `old`, their logprobs at the start of the step, instead of those
@@ -55,7 +73,8 @@ impl<'a> StepBatch<'a> {
         let sampler = self.old.clone();
         self.old[self.offsets[first]..].copy_from_slice(old);
         let weights = correction.weights(&self.offsets, &self.old, &sampler, &self.mask);
-        self.sampler = Some((sampler, weights));
+        self.weights = Some(weights);
+        self.sampler = Some(sampler);
     }
 
     /// Greatest |new / old probability − 1| of the tokens in the loss, over the completions before `end`.
@@ -76,6 +95,40 @@ impl<'a> StepBatch<'a> {
         greatest
     }
 
+    /// Picks the tokens of great covariance of logprob (as sampled) and advantage, over the whole step.
+    pub(super) fn hold_covariance(&mut self, control: Covariance, advantages: &[f32], mut draws: Stream) {
+        match control {
+            Covariance::Kl { share, coefficient } => {
+                self.drift = Some(kl_cov(&self.old, advantages, &self.mask, share, coefficient));
+            }
+            Covariance::Clip { share, low, high } => {
+                let below = |n| draws.below(n);
+                let factors = clip_cov(&self.old, advantages, &self.mask, share, (low, high), below);
+                match &mut self.weights {
+                    Some(weights) => weights.iter_mut().zip(&factors).for_each(|(w, f)| *w *= f),
+                    none => *none = Some(factors),
+                }
+            }
+        }
+    }
+
+    /// Offsets of the completions of a micro-batch within its tokens, and these within the step's.
+    pub(super) fn span(&self, pieces: &[Piece]) -> (Vec<usize>, Range<usize>) {
+        // a micro-batch holds consecutive completions of the step
+        let row = |p: &Piece, c: usize| self.first_completion[p.group] + c;
+        let first = row(&pieces[0], pieces[0].completions.start);
+        let last = &pieces[pieces.len() - 1];
+        let rows = first..=row(last, last.completions.end);
+        let (from, to) = (self.offsets[*rows.start()], self.offsets[*rows.end()]);
+        (rows.map(|r| self.offsets[r] - from).collect(), from..to)
+    }
+
+    /// All completions as one micro-batch.
+    pub(super) fn whole(&self) -> Vec<Piece> {
+        let groups = self.groups.iter().enumerate();
+        groups.map(|(group, g)| Piece { group, completions: 0..g.completions.len() }).collect()
+    }
+
     /// Leaves the policy term to the `share` of tokens with the greatest entropy at the start of the step.
     pub(super) fn keep_uncertain(&mut self, entropies: &[f32], share: f64) {
         self.entropy_threshold = entropy_threshold(entropies, &self.mask, share);
@@ -83,6 +136,7 @@ impl<'a> StepBatch<'a> {
         self.totals.entropy_tokens = entropies.iter().zip(&self.mask).filter(kept).count();
     }
 
+    /// Loss and gradient of a micro-batch; `advantages` and `reference` are those of the whole step, by token.
     pub(super) fn loss(
         &self,
         pieces: &[Piece],
@@ -92,28 +146,19 @@ impl<'a> StepBatch<'a> {
         (kl_coefficient, entropy_coefficient): (f64, f64),
         objective: &crate::loss::Objective,
     ) -> crate::loss::LossOutputs {
-        let rows = pieces.iter().flat_map(|p| {
-            let first = self.first_completion[p.group];
-            p.completions.clone().map(move |c| first + c)
-        });
-        // a micro-batch holds consecutive completions of the step
-        let rows: Vec<usize> = rows.collect();
-        let (from, to) = (self.offsets[rows[0]], self.offsets[rows[rows.len() - 1] + 1]);
-        let offsets: Vec<usize> =
-            (rows[0]..=rows[rows.len() - 1] + 1).map(|r| self.offsets[r] - from).collect();
-        let by_token: Vec<f32> =
-            rows.iter().flat_map(|&r| vec![advantages[r]; self.offsets[r + 1] - self.offsets[r]]).collect();
+        let (offsets, span) = self.span(pieces);
         policy_loss(
             &LossInputs {
                 offsets: &offsets,
                 new: &scores.logprobs,
-                old: &self.old[from..to],
-                reference: reference.map(|r| &r[from..to]),
-                sampler: self.sampler.as_ref().map(|(s, _)| &s[from..to]),
-                weights: self.sampler.as_ref().map(|(_, w)| &w[from..to]),
+                old: &self.old[span.clone()],
+                reference: reference.map(|r| &r[span.clone()]),
+                sampler: self.sampler.as_deref().map(|s| &s[span.clone()]),
                 entropy: &scores.entropies,
-                advantages: &by_token,
-                mask: &self.mask[from..to],
+                advantages: &advantages[span.clone()],
+                mask: &self.mask[span.clone()],
+                drift: self.drift.as_deref().map(|d| &d[span.clone()]),
+                weights: self.weights.as_deref().map(|w| &w[span.clone()]),
                 totals: self.totals,
                 kl_coefficient,
                 entropy_coefficient,

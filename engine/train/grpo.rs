@@ -5,15 +5,14 @@ use serde_json::{Map, Value, json};
 
 use super::Run;
 use super::amft::imitation;
-use super::batch::{StepBatch, component_rows};
+use super::batch::StepBatch;
+use super::critic::{Judged, ValueSums};
 use super::draw::{Drawn, Use};
-use crate::advantage::{
-    AdvantageConfig, Advantages, Combine, Rewards, grouped, groups_of, matrix_advantages,
-};
+use crate::advantage::{AdvantageConfig, Advantages, Baseline, Rewards, grouped};
 use crate::config::StageConfig;
 use crate::error::Result;
 use crate::learner::batch::Piece;
-use crate::learner::step::{Learner, ScoreGrads, UpdateStats};
+use crate::learner::step::{CriticStep, Learner, ScoreGrads, UpdateStats};
 use crate::loss::LossSums;
 use crate::loss::kl::Placement;
 use crate::model::backprop::Scores;
@@ -22,6 +21,7 @@ use crate::report::metrics::{StepMetrics, rss_peak_bytes};
 use crate::report::progress::Progress;
 use crate::report::sinks::RunFolder;
 use crate::reward::{ErrorCount, ScoredGroup, component_means, error_counts};
+use crate::rng::{Purpose, Stream};
 use crate::rollout::RolloutEngine;
 use crate::types::FinishReason;
 
@@ -79,7 +79,24 @@ impl Run {
             true => self.reference_logprobs(learner, &batch.groups, &sampling.warp()),
             false => None,
         };
-        let advantages = self.advantages(groups, &batch, reference.as_deref());
+        let greedy = match self.recipe.algorithm.advantage.baseline {
+            Baseline::Greedy => self.greedy_rewards(engine, groups, step, total)?,
+            _ => Vec::new(),
+        };
+        let old_values = self.old_values(learner, &batch);
+        let credit = self.credit(groups, &batch, reference.as_deref(), old_values.as_deref(), &greedy);
+        let advantages = &credit.advantages;
+        if let Some(control) = self.recipe.algorithm.objective.covariance {
+            let draws = Stream::new(self.recipe.seed, Purpose::Covariance, &[step]);
+            batch.hold_covariance(control, &credit.by_token, draws);
+        }
+        let judged = self.recipe.algorithm.critic.zip(old_values.as_deref()).map(|(config, old)| Judged {
+            config,
+            aggregation: self.recipe.algorithm.objective.aggregation,
+            old,
+            returns: &credit.returns,
+        });
+        let critics_own = self.is_critics_own(step);
         let imitation = imitation(&self.tasks, &self.state, &shown)?;
         let (mut all_groups, mut ids) = (batch.groups.clone(), ids_of(groups));
         if let Some(shown) = &imitation {
@@ -91,7 +108,7 @@ impl Run {
         let coefficients = (self.state.kl_coefficient, entropy_coefficient);
         let objective = &self.recipe.algorithm.objective;
         let reinforce = |pieces: &[Piece], scores: &Scores| {
-            batch.loss(pieces, scores, &advantages.values, reference.as_deref(), coefficients, objective)
+            batch.loss(pieces, scores, &credit.by_token, reference.as_deref(), coefficients, objective)
         };
         let meta = match (&stage.amft, &imitation) {
             (Some(config), Some(shown)) => {
@@ -99,6 +116,7 @@ impl Run {
             }
             _ => None,
         };
+        let (mut value_first, mut value_all) = (ValueSums::default(), ValueSums::default());
         let mut imitated = 0.0;
         let mut first = LossSums::default();
         let mut all = LossSums::default();
@@ -110,8 +128,11 @@ impl Run {
         for epoch in 0..epochs {
             lr = self.learning_rate(stage, self.state.step_in_stage * epochs + epoch, total * epochs);
             let mut sums = LossSums::default();
+            let critic_lr =
+                self.critic_rate(stage, self.state.step_in_stage * epochs + epoch, total * epochs);
+            let mut value_sums = ValueSums::default();
             let mut likelihood = 0.0;
-            let loss = |pieces: &[Piece], scores: &Scores| {
+            let mut loss = |pieces: &[Piece], scores: &Scores| {
                 if epoch == 0 {
                     let own = pieces.partition_point(|p| p.group < batch.groups.len());
                     let moved = batch.ratio_deviation(&pieces[..own], scores, fresh);
@@ -130,13 +151,45 @@ impl Run {
             };
             let (pool, warp) = (&self.pool, sampling.warp());
             let optimizer = &self.recipe.optimizer;
-            stats = learner
-                .update(pool, &mut self.policy, &all_groups, &warp, optimizer, lr, loss)
-                .map_err(|e| self.name_sample(e, &all_groups, &ids))?;
+            let separate = judged.is_some() && self.critic.as_ref().is_some_and(|c| c.trunk.is_some());
+            if separate && critics_own {
+                let scores = learner.score(pool, &self.policy.weights(), &batch.groups, &warp);
+                loss(&batch.whole(), &scores)?;
+                stats = UpdateStats::default();
+            } else {
+                let with = self
+                    .critic
+                    .as_mut()
+                    .filter(|_| judged.is_some() && !separate)
+                    .map(|critic| CriticStep { critic, lr: critic_lr, head_only: critics_own });
+                let both = |pieces: &[Piece], scores: &Scores, values: &[f32]| {
+                    let grads = loss(pieces, scores)?;
+                    let judge = judged.as_ref().filter(|_| !values.is_empty());
+                    let d = judge.map(|j| j.gradient(&batch, pieces, values, &mut value_sums));
+                    Ok((grads, d.unwrap_or_default()))
+                };
+                stats = learner
+                    .update_with(pool, &mut self.policy, &all_groups, Some(&warp), optimizer, lr, with, both)
+                    .map_err(|e| self.name_sample(e, &all_groups, &ids))?;
+            }
+            if let (Some(judged), Some(mut critic)) = (&judged, self.critic.take_if(|_| separate)) {
+                let version = self.policy.version;
+                critic.swap(&mut self.policy, &mut learner.adam);
+                let with = Some(CriticStep { critic: &mut critic, lr: critic_lr, head_only: false });
+                let own = |pieces: &[Piece], _: &Scores, values: &[f32]| {
+                    Ok((ScoreGrads::default(), judged.gradient(&batch, pieces, values, &mut value_sums)))
+                };
+                let (policy, groups) = (&mut self.policy, &batch.groups);
+                let done = learner.update_with(pool, policy, groups, None, optimizer, critic_lr, with, own);
+                critic.swap(&mut self.policy, &mut learner.adam);
+                (self.policy.version, self.critic) = (version, Some(critic));
+                rows += done.map_err(|e| self.name_sample(e, &batch.groups, &ids))?.rows;
+            }
             rows += stats.rows;
             all.add(&sums);
+            value_all.add(&value_sums);
             if epoch == 0 {
-                first = sums;
+                (first, value_first) = (sums, value_sums);
                 imitated = likelihood;
             }
         }
@@ -152,7 +205,7 @@ impl Run {
             self.recipe.algorithm.objective.kl.next_coefficient(kl_coefficient, kl, first.tokens);
         self.state.entropy =
             self.recipe.algorithm.objective.entropy_control.next(&self.state.entropy, first.entropy / tokens);
-        let mut extra = Vec::new();
+        let mut extra = judged.map_or(Vec::new(), |j| j.metrics(&batch, &value_first, &value_all, epochs));
         if let (Some(config), Some(balance)) = (&stage.amft, self.state.balance) {
             let next = balance.next(config, first.entropy / tokens, meta);
             extra = vec![("sft_loss", imitated), ("amft_mu", balance.mu), ("amft_meta", next.meta)];
@@ -179,7 +232,7 @@ impl Run {
         };
         let completions = drawn.seen().flat_map(|g| &g.group.completions);
         let count = completions.clone().count().max(1) as f64;
-        let signs = self.signs(groups, &advantages, &first, &all, &stats);
+        let signs = self.signs(groups, advantages, &first, &all, &stats);
         let health = self.state.health.assess(&signs);
         let change = self.state.health.remember(&signs, &health);
         let mut data = drawn.metrics.clone();
@@ -286,43 +339,6 @@ impl Run {
             grad_norm: stats.grad_norm,
             max_grad_norm: self.recipe.optimizer.max_grad_norm,
         }
-    }
-
-    /// Advantages of all completions in order; a KL penalty placed in the reward is taken off first.
-    fn advantages(&self, groups: &[ScoredGroup], batch: &StepBatch, reference: Option<&[f32]>) -> Advantages {
-        let raw: Vec<Option<f64>> = groups.iter().flat_map(|g| &g.outcomes).map(|o| o.reward).collect();
-        let (config, kl) = (&self.recipe.algorithm.advantage, &self.recipe.algorithm.objective.kl);
-        let ranges = groups_of(raw.len(), self.recipe.rollout.group_size);
-        if config.combine == Combine::NormalizeThenSum {
-            // a valid recipe has one weight for all rewards here
-            let rows = component_rows(groups);
-            let weight = self.recipe.reward.first().map_or(1.0, |r| r.weight);
-            return matrix_advantages(
-                &rows,
-                &vec![weight; rows.first().map_or(0, Vec::len)],
-                &ranges,
-                config,
-            );
-        }
-        let lengths: Vec<usize> = batch.offsets.windows(2).map(|row| row[1] - row[0]).collect();
-        let of = |values: &[Option<f64>]| {
-            grouped(&Rewards { values, lengths: &lengths, greedy: &[] }, &ranges, config)
-        };
-        let plain = of(&raw);
-        let (Some(reference), Placement::Reward) = (reference, kl.placement) else { return plain };
-        let penalised: Vec<Option<f64>> = raw
-            .iter()
-            .zip(batch.offsets.windows(2))
-            .map(|(reward, row)| {
-                let penalty = kl.reward_penalty(
-                    self.state.kl_coefficient,
-                    &batch.old[row[0]..row[1]],
-                    &reference[row[0]..row[1]],
-                );
-                reward.map(|r| r - penalty)
-            })
-            .collect();
-        Advantages { values: of(&penalised).values, ..plain }
     }
 }
 

@@ -6,6 +6,8 @@
 mod amft;
 mod batch;
 pub mod comparison;
+mod credit;
+mod critic;
 mod draw;
 mod filter;
 mod grpo;
@@ -32,6 +34,7 @@ use crate::config::{Recipe, StageConfig, StageKind};
 use crate::data::arithmetic;
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{EngineError, Result};
+use crate::learner::critic::Critic;
 use crate::learner::schedule::learning_rate;
 use crate::learner::step::Learner;
 use crate::loss::entropy::EntropyState;
@@ -72,6 +75,9 @@ struct State {
     sft_steps: u64,
     version: u64,
     updates: u64,
+    /// Of the critic's head and its own trunk.
+    #[serde(default)]
+    critic_updates: (u64, u64),
     kl_coefficient: f64,
     entropy: EntropyState,
     /// The learned weight of an `amft` stage.
@@ -105,6 +111,7 @@ pub struct Run {
     files: ModelFiles,
     policy: Policy,
     reference: Option<Reference>,
+    critic: Option<Critic>,
     tasks: Tasks,
     /// By stage.
     stage_rows: Vec<StageRows>,
@@ -181,6 +188,7 @@ impl Run {
             files,
             policy,
             reference: None,
+            critic: None,
             tasks,
             stage_rows,
             scorer,

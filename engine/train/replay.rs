@@ -39,6 +39,8 @@ struct StoredCompletion {
     reward: Option<f64>,
     components: Vec<(String, Option<f64>)>,
     token_rewards: Vec<f32>,
+    #[serde(default)]
+    steps: Vec<(u32, f64)>,
     errors: Vec<RewardError>,
 }
 
@@ -95,6 +97,7 @@ fn store(row: usize, scored: &ScoredGroup) -> String {
         reward: o.reward,
         components: o.components.clone(),
         token_rewards: o.token_rewards.clone(),
+        steps: o.steps.clone(),
         errors: o.errors.clone(),
     };
     let completions = scored.group.completions.iter().zip(&scored.outcomes).map(completion).collect();
@@ -119,6 +122,7 @@ pub(super) fn recall(past: &Past, tasks: &Tasks) -> Result<(usize, ScoredGroup)>
             reward: c.reward,
             components: c.components,
             token_rewards: c.token_rewards,
+            steps: c.steps,
             errors: c.errors,
             fatal: false,
         });

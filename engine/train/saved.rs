@@ -70,9 +70,11 @@ impl Run {
     ) -> Result<PathBuf> {
         self.state.version = self.policy.version.0;
         self.state.updates = learner.adam.updates;
+        self.state.critic_updates = self.critic_updates();
         let mut buffers = vec![("weights", self.kept(self.policy.trainable()).into())];
         buffers.extend(learner.adam.moments.buffers());
         buffers.extend(self.reference_buffer());
+        buffers.extend(self.critic_buffers());
         checkpoint::save(checkpoints, self.position(), &self.state, &buffers, keep)
     }
 
@@ -116,6 +118,7 @@ impl Run {
             self.enter(stage);
         }
         self.restore_reference(checkpoints, &state, &mut buffers)?;
+        self.restore_critic(&mut buffers, state.critic_updates)?;
         if !state.reward_states.is_empty() {
             self.scorer.set_states(&state.reward_states);
         }

@@ -64,6 +64,7 @@ fn component_value(
             for span in spans {
                 if let Some(token) = last_token(span, &sample.token_text_ends) {
                     outcome.token_rewards[token] += (weight * span.value) as f32;
+                    outcome.steps.push((token as u32, weight * span.value));
                 }
             }
             spans.iter().map(|s| s.value).sum()

@@ -124,6 +124,8 @@ pub struct Outcome {
     pub components: Vec<(String, Option<f64>)>,
     /// Weighted dense rewards a token, already part of `reward`; empty without dense rewards, else as long as the tokens.
     pub token_rewards: Vec<f32>,
+    /// The dense rewards one by one, as (token, weighted value), 0 among them; tokens ascend within a component.
+    pub steps: Vec<(u32, f64)>,
     /// Calls that failed.
     pub errors: Vec<RewardError>,
     /// A script whose policy is [`OnError::Fail`] failed.
