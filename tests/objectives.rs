@@ -1,9 +1,15 @@
 //! Properties that every objective must have: exact gradients, and no bit of them changed by a cut into micro-batches.
 
 use proptest::prelude::*;
-use rft_engine::loss::correction::{SamplerCorrection, WeightLevel, entropy_threshold, kl_cov};
+use rft_engine::loss::correction::{
+    Covariance, SamplerCorrection, WeightLevel, clip_cov, entropy_threshold, kl_cov,
+};
 use rft_engine::loss::kl::{Estimator, Gradient, KlConfig};
+use rft_engine::loss::preference::{
+    KtoConfig, PairInputs, PairLoss, PreferenceConfig, Transform, kto_loss, pair_loss,
+};
 use rft_engine::loss::surrogate::{Cispo, Surrogate};
+use rft_engine::loss::value::value_loss;
 use rft_engine::loss::{
     Aggregation, BatchTotals, LossInputs, LossOutputs, LossSums, Objective, RatioLevel, policy_loss, presets,
 };
@@ -65,12 +71,24 @@ impl Step {
         let threshold = (objective.top_entropy < 1.0)
             .then(|| entropy_threshold(&self.entropy, &self.mask, objective.top_entropy))
             .flatten();
+        let mut weights = objective
+            .sampler_correction
+            .map(|c| c.weights(&self.offsets, &self.old, &self.sampler, &self.mask));
+        let mut drift = None;
+        match objective.covariance {
+            Some(Covariance::Kl { coefficient, .. }) => {
+                drift = Some(kl_cov(&self.old, &self.advantages, &self.mask, 0.3, coefficient));
+            }
+            Some(Covariance::Clip { .. }) => {
+                let bounds = (-1.0, 5.0);
+                weights = Some(clip_cov(&self.old, &self.advantages, &self.mask, 0.3, bounds, |n| n / 2));
+            }
+            None => {}
+        }
         let counted = |t: &usize| self.mask[*t] && threshold.is_none_or(|h| self.entropy[*t] >= h);
         Fixed {
-            weights: objective
-                .sampler_correction
-                .map(|c| c.weights(&self.offsets, &self.old, &self.sampler, &self.mask)),
-            drift: None,
+            weights,
+            drift,
             threshold,
             totals: BatchTotals {
                 tokens: self.mask.iter().filter(|m| **m).count(),
@@ -115,15 +133,8 @@ fn objectives() -> Vec<(String, Objective)> {
         RatioLevel::Product,
         RatioLevel::Geometric,
     ];
-    let aggregations = [
-        Aggregation::Token,
-        Aggregation::Sequence,
-        Aggregation::SequenceSum,
-        Aggregation::Constant,
-        Aggregation::Sum,
-    ];
     for ratio in levels {
-        for aggregation in aggregations {
+        for aggregation in AGGREGATIONS {
             for estimator in [Estimator::K1, Estimator::K2, Estimator::K3, Estimator::Abs] {
                 for gradient in [Gradient::Plain, Gradient::StraightThrough, Gradient::Weighted] {
                     let kl = KlConfig { coefficient: 0.1, estimator, gradient, ..KlConfig::default() };
@@ -152,6 +163,91 @@ fn objectives() -> Vec<(String, Objective)> {
     all
 }
 
+/// Logprobs of a completion, under the policy and the reference.
+type Side = Vec<(f32, f32)>;
+
+fn side() -> impl Strategy<Value = Side> {
+    prop::collection::vec((-3.0f32..-0.05, -3.0f32..-0.05), 1..6)
+}
+
+/// Every preference loss that is a sum over pairs; AOT's two compare ranks over the whole step.
+fn preferences() -> Vec<(String, PreferenceConfig)> {
+    let losses = [
+        PairLoss::Sigmoid,
+        PairLoss::Hinge,
+        PairLoss::Ipo,
+        PairLoss::ExoPair,
+        PairLoss::NcaPair,
+        PairLoss::Robust,
+        PairLoss::BcoPair,
+        PairLoss::SppoHard,
+        PairLoss::ApoZero,
+        PairLoss::ApoDown,
+        PairLoss::Discopop,
+        PairLoss::Sft,
+        PairLoss::SigmoidNorm,
+        PairLoss::OddsRatio,
+    ];
+    let mut all = Vec::new();
+    for loss in losses {
+        let plain = PreferenceConfig {
+            losses: vec![(loss, 0.7), (PairLoss::Sft, 0.3)],
+            length_normalised: loss == PairLoss::OddsRatio,
+            label_smoothing: 0.1,
+            ..PreferenceConfig::default()
+        };
+        all.push((format!("{loss:?}"), plain.clone()));
+        all.push((
+            format!("{loss:?} bent"),
+            PreferenceConfig { transform: Transform::JensenShannon, ..plain },
+        ));
+    }
+    let simpo = PreferenceConfig { length_normalised: true, margin: 0.5, beta: 2.0, ..Default::default() };
+    all.push(("simpo".into(), simpo));
+    all.push(("ld-dpo".into(), PreferenceConfig { ld_alpha: Some(0.4), ..Default::default() }));
+    all
+}
+
+fn flat(sides: &[&Side]) -> (Vec<usize>, Vec<f32>, Vec<f32>) {
+    let mut offsets = vec![0];
+    offsets.extend(sides.iter().scan(0, |at, side| {
+        *at += side.len();
+        Some(*at)
+    }));
+    let tokens = || sides.iter().flat_map(|side| side.iter());
+    (offsets, tokens().map(|t| t.0).collect(), tokens().map(|t| t.1).collect())
+}
+
+/// Gradients of some of the pairs, pair by pair (chosen, then rejected), and their share of the loss.
+fn part(pairs: &[(Side, Side)], range: std::ops::Range<usize>, config: &PreferenceConfig) -> (Vec<f32>, f64) {
+    let here = &pairs[range];
+    let sides: Vec<&Side> = here.iter().map(|p| &p.0).chain(here.iter().map(|p| &p.1)).collect();
+    let (offsets, new, reference) = flat(&sides);
+    let margins: Vec<f32> = here.iter().map(|(c, r)| 0.1 * (c.len() as f32 - r.len() as f32)).collect();
+    let inputs = PairInputs {
+        offsets: &offsets,
+        new: &new,
+        reference: Some(&reference),
+        weights: None,
+        margins: Some(&margins),
+        total_pairs: pairs.len(),
+        total_chosen_tokens: pairs.iter().map(|p| p.0.len()).sum(),
+    };
+    let out = pair_loss(&inputs, config);
+    let n = here.len();
+    let by_pair =
+        (0..n).flat_map(|p| [p, n + p]).flat_map(|row| out.d_new[offsets[row]..offsets[row + 1]].to_vec());
+    (by_pair.collect(), out.loss)
+}
+
+const AGGREGATIONS: [Aggregation; 5] = [
+    Aggregation::Token,
+    Aggregation::Sequence,
+    Aggregation::SequenceSum,
+    Aggregation::Constant,
+    Aggregation::Sum,
+];
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
 
@@ -160,10 +256,7 @@ proptest! {
         let rows = step.offsets.len() - 1;
         let cut = cut.min(rows - 1);
         for (name, objective) in objectives() {
-            let mut fixed = step.fix(&objective);
-            if name == "ppo" {
-                fixed.drift = Some(kl_cov(&step.new, &step.advantages, &step.mask, 0.3, 1.0));
-            }
+            let fixed = step.fix(&objective);
             let whole = step.run(0..rows, &objective, &fixed);
             let (a, b) = (step.run(0..cut, &objective, &fixed), step.run(cut..rows, &objective, &fixed));
             prop_assert_eq!(&whole.d_new, &[a.d_new, b.d_new].concat(), "{}", name);
@@ -175,6 +268,42 @@ proptest! {
             prop_assert_eq!((whole.sums.tokens, whole.sums.clipped), (sums.tokens, sums.clipped));
             prop_assert_eq!(whole.sums.ratio_max_dev, sums.ratio_max_dev);
         }
+    }
+
+    #[test]
+    fn cutting_a_step_changes_no_bit_of_the_values_gradient(step in step(), cut in 1usize..5) {
+        let rows = step.offsets.len() - 1;
+        let cut = cut.min(rows - 1);
+        let totals = step.fix(&Objective::default()).totals;
+        for aggregation in AGGREGATIONS {
+            let part = |rows: std::ops::Range<usize>| {
+                let (from, to) = (step.offsets[rows.start], step.offsets[rows.end]);
+                let offsets: Vec<usize> = step.offsets[rows.start..=rows.end].iter().map(|o| o - from).collect();
+                let (values, old, returns) = (&step.new[from..to], &step.old[from..to], &step.reference[from..to]);
+                value_loss(&offsets, values, old, returns, &step.mask[from..to], 0.2, aggregation, &totals)
+            };
+            let (whole, a, b) = (part(0..rows), part(0..cut), part(cut..rows));
+            prop_assert_eq!(&whole.d_values, &[a.d_values, b.d_values].concat());
+            prop_assert_eq!(whole.clipped, a.clipped + b.clipped);
+            prop_assert!((whole.loss - a.loss - b.loss).abs() < 1e-12 * whole.loss.abs().max(1.0));
+        }
+    }
+
+    #[test]
+    fn cutting_pairs_changes_no_bit_of_their_gradient(pairs in prop::collection::vec((side(), side()), 2..6), cut in 1usize..5) {
+        let cut = cut.min(pairs.len() - 1);
+        for (name, config) in preferences() {
+            let (whole, a, b) = (part(&pairs, 0..pairs.len(), &config), part(&pairs, 0..cut, &config), part(&pairs, cut..pairs.len(), &config));
+            prop_assert_eq!(&whole.0, &[a.0, b.0].concat(), "{}", name);
+            prop_assert!((whole.1 - a.1 - b.1).abs() < 1e-12 * whole.1.abs().max(1.0), "{}", name);
+        }
+        let kto = |rows: std::ops::Range<usize>| {
+            let all: Vec<&Side> = pairs[rows].iter().flat_map(|(c, r)| [c, r]).collect();
+            let (offsets, new, reference) = flat(&all);
+            let desirable: Vec<bool> = (0..all.len()).map(|i| i % 2 == 0).collect();
+            kto_loss(&offsets, &new, &reference, &desirable, 0.3, 2 * pairs.len(), &KtoConfig::default()).d_new
+        };
+        prop_assert_eq!(kto(0..pairs.len()), [kto(0..cut), kto(cut..pairs.len())].concat());
     }
 
     #[test]

@@ -3,22 +3,28 @@
 #[path = "support/golden.rs"]
 mod golden;
 
+#[path = "support/schedules.rs"]
+mod schedules;
+
 use golden::{Tally, Tensors, json, number, numbers, optional, or, root};
-use rft_engine::advantage::{AdvantageConfig, Scale, groups_of, matrix_advantages};
+use rft_engine::advantage::{AdvantageConfig, Combine, Scale, groups_of, matrix_advantages};
 use rft_engine::config::{OptimizerConfig, Precision};
 use rft_engine::learner::batch::GroupTokens;
 use rft_engine::learner::optimizer::OptimizerKind;
-use rft_engine::learner::schedule::{ScheduleKind, learning_rate};
+use rft_engine::learner::schedule::learning_rate;
 use rft_engine::learner::step::{Learner, ScoreGrads};
-use rft_engine::loss::correction::{OutOfBounds, SamplerCorrection, WeightLevel};
+use rft_engine::loss::correction::{OutOfBounds, SamplerCorrection, WeightLevel, entropy_threshold};
 use rft_engine::loss::kl::{Gradient, KlConfig};
-use rft_engine::loss::surrogate::{Cispo, Surrogate};
-use rft_engine::loss::{Aggregation, BatchTotals, LossInputs, LossSums, Objective, RatioLevel, policy_loss};
+use rft_engine::loss::surrogate::{Cispo, Sapo, Surrogate, Vespo};
+use rft_engine::loss::{
+    Aggregation, BatchTotals, LossInputs, LossOutputs, LossSums, Objective, RatioLevel, policy_loss,
+};
 use rft_engine::model::peft::PeftAdapter;
 use rft_engine::model::policy::Policy;
 use rft_engine::model::source::ModelSource;
 use rft_engine::types::TokenId;
 use rft_kernels::{Pool, Warp};
+use schedules::schedule;
 use serde_json::Value;
 
 const RTOL: f64 = 1e-3;
@@ -49,28 +55,55 @@ fn load(run: &Value, pool: &Pool) -> Policy {
     policy
 }
 
+/// The trainer's default where a run does not say.
+fn loss_type(c: &Value) -> &str {
+    c["loss_type"].as_str().unwrap_or("dapo")
+}
+
 fn objective(c: &Value) -> Objective {
-    let (surrogate, aggregation) = match c["loss_type"].as_str().unwrap() {
-        "dapo" => (Surrogate::Clip, Aggregation::Token),
+    let low = or(&c["epsilon"], 0.2);
+    let high = or(&c["epsilon_high"], low);
+    let (surrogate, aggregation) = match loss_type(c) {
+        "dapo" | "bnpo" => (Surrogate::Clip, Aggregation::Token),
         "grpo" => (Surrogate::Clip, Aggregation::Sequence),
         "dr_grpo" => (Surrogate::Clip, Aggregation::Constant),
         "luspo" => (Surrogate::Clip, Aggregation::SequenceSum),
-        "cispo" => {
-            (Surrogate::Cispo(Cispo { min: 0.0, max: number(&c["epsilon_high"]) }), Aggregation::Token)
+        "cispo" => (Surrogate::Cispo(Cispo { min: 0.0, max: high }), Aggregation::Token),
+        "sapo" => {
+            let s = Sapo::default();
+            let tau_pos = or(&c["sapo_temperature_pos"], s.tau_pos);
+            let tau_neg = or(&c["sapo_temperature_neg"], s.tau_neg);
+            (Surrogate::Sapo(Sapo { tau_pos, tau_neg }), Aggregation::Sequence)
         }
-        other => panic!("no replay of loss_type {other}"),
+        "vespo" => {
+            let v = Vespo::default();
+            let v = Vespo {
+                k_pos: or(&c["vespo_k_pos"], v.k_pos),
+                lambda_pos: or(&c["vespo_lambda_pos"], v.lambda_pos),
+                k_neg: or(&c["vespo_k_neg"], v.k_neg),
+                lambda_neg: or(&c["vespo_lambda_neg"], v.lambda_neg),
+            };
+            (Surrogate::Vespo(v), Aggregation::Token)
+        }
+        other => panic!("no loss_type {other} in the trainer"),
     };
     let is_sequence = c["importance_sampling_level"] == "sequence";
-    let low = number(&c["epsilon"]);
-    let kl =
-        KlConfig { coefficient: or(&c["beta"], 0.0), gradient: Gradient::Weighted, ..Default::default() };
+    let is_weighted = c["use_bias_correction_kl"].as_bool() != Some(false);
+    let kl = KlConfig {
+        coefficient: or(&c["beta"], 0.0),
+        gradient: if is_weighted { Gradient::Weighted } else { Gradient::Plain },
+        ..Default::default()
+    };
     Objective {
         surrogate,
         aggregation,
         ratio: if is_sequence { RatioLevel::Sequence } else { RatioLevel::Token },
         clip_low: low,
-        clip_high: or(&c["epsilon_high"], low),
+        clip_high: high,
         delta: optional(&c["delta"]),
+        top_entropy: or(&c["top_entropy_quantile"], 1.0),
+        off_policy_limit: optional(&c["off_policy_mask_threshold"]),
+        entropy_coefficient: or(&c["entropy_coef"], 0.0),
         kl,
         sampler_correction: correction(c),
         ..Objective::default()
@@ -87,9 +120,20 @@ fn correction(c: &Value) -> Option<SamplerCorrection> {
     })
 }
 
-fn optimizer(c: &Value) -> OptimizerConfig {
+/// Settings of the optimizer, and the updates that its schedule runs over.
+fn optimizer(c: &Value) -> (OptimizerConfig, u64) {
+    // a warm-up below 1 is a share of the run
+    let total = number(&c["max_steps"]) as u64;
+    let share = |x: f64| (x * total as f64).ceil() as u64;
+    let warmup = match or(&c["warmup_steps"], 0.0) {
+        0.0 => share(or(&c["warmup_ratio"], 0.0)),
+        x if x < 1.0 => share(x),
+        n => n as u64,
+    };
+    let (name, lr) = (c["lr_scheduler_type"].as_str().unwrap(), number(&c["learning_rate"]));
+    let (schedule, total, warmup_updates) = schedule(name, &c["lr_scheduler_kwargs"], lr, total, warmup);
     let is_sgd = c["optim"].as_str().unwrap().to_lowercase().contains("sgd");
-    OptimizerConfig {
+    let config = OptimizerConfig {
         state: Default::default(),
         kind: if is_sgd { OptimizerKind::Sgd } else { OptimizerKind::AdamW },
         lr: number(&c["learning_rate"]),
@@ -98,14 +142,10 @@ fn optimizer(c: &Value) -> OptimizerConfig {
         eps: number(&c["adam_epsilon"]),
         weight_decay: number(&c["weight_decay"]),
         max_grad_norm: number(&c["max_grad_norm"]),
-        warmup_updates: or(&c["warmup_steps"], 0.0) as u64,
-        schedule: match c["lr_scheduler_type"].as_str().unwrap() {
-            "constant" | "constant_with_warmup" => ScheduleKind::Constant,
-            "linear" => ScheduleKind::Linear,
-            "cosine" => ScheduleKind::Cosine,
-            other => panic!("no replay of schedule {other}"),
-        },
-    }
+        warmup_updates,
+        schedule,
+    };
+    (config, total)
 }
 
 /// One rollout, ready to be trained on.
@@ -117,6 +157,7 @@ struct Generation<'a> {
     old: Vec<f32>,
     reference: Option<Vec<f32>>,
     weights: Option<Vec<f32>>,
+    sampler: Option<Vec<f32>>,
 }
 
 /// Numbers of a padded `[rows, columns]` tensor at the tokens of each row, rows one after another.
@@ -144,18 +185,22 @@ fn replay(name: &str, t: &mut Tally) {
     let (run, tensors) =
         (json(&format!("learner/{name}.json")), Tensors::open(&format!("learner/{name}.safetensors")));
     let (c, pool) = (&run["config"], Pool::new(2));
-    let (objective, optimizer) = (objective(c), optimizer(c));
+    let (objective, (optimizer, scheduled)) = (objective(c), optimizer(c));
     let group = number(&c["num_generations"]) as usize;
-    let scale = match c["scale_rewards"].as_str().unwrap() {
+    let scale = match c["scale_rewards"].as_str().unwrap_or("group") {
         "group" => Scale::Group,
         "batch" => Scale::Batch,
         _ => Scale::None,
     };
+    let combine = match c["multi_objective_aggregation"].as_str() {
+        Some("normalize_then_sum") => Combine::NormalizeThenSum,
+        _ => Combine::SumThenNormalize,
+    };
     let warp = Warp { temperature: number(&c["temperature"]) as f32, top_k: 0, top_p: 1.0, min_p: 0.0 };
     let mut policy = load(&run, &pool);
     let initial = policy.clone();
-    // a micro-batch of one group, as recorded
-    let mut learner = Learner::new(&policy, 64);
+    // all rows at once: the recorded micro-batches are cut in the loss
+    let mut learner = Learner::new(&policy, 4096);
     let (updates, iterations) = (number(&c["max_steps"]) as u64, number(&c["num_iterations"]) as u64);
     let logs = run["logs_per_optimizer_step"].as_array().unwrap();
     let start = policy.trainable().trainable_values().into_owned();
@@ -176,7 +221,7 @@ fn replay(name: &str, t: &mut Tally) {
             mask.extend(vec![!(masks_cut && is_cut(tokens)); tokens.len()]);
             offsets.push(mask.len());
         }
-        let config = AdvantageConfig { scale, ..AdvantageConfig::default() };
+        let config = AdvantageConfig { scale, combine, ..AdvantageConfig::default() };
         let advantages = matrix_advantages(
             &rewards,
             &numbers(&c["reward_weights"]),
@@ -214,20 +259,32 @@ fn replay(name: &str, t: &mut Tally) {
         {
             t.values("reference logprobs", got, &want, RTOL, ATOL);
         }
-        let weights = objective.sampler_correction.filter(|_| run["use_sampling_logps"] == true).map(|c| {
+        let sampler: Option<Vec<f32>> = (run["use_sampling_logps"] == true).then(|| {
             let rows = recorded["sampling_logps"].as_array().unwrap();
-            let sampler: Vec<f32> = rows.iter().flat_map(numbers).map(|x| x as f32).collect();
-            c.weights(&offsets, &old, &sampler, &mask)
+            rows.iter().flat_map(numbers).map(|x| x as f32).collect()
         });
-        let generation =
-            Generation { groups, offsets, mask, advantages: advantages.values, old, reference, weights };
+        let weights = objective
+            .sampler_correction
+            .zip(sampler.as_deref())
+            .map(|(c, sampler)| c.weights(&offsets, &old, sampler, &mask));
+        let generation = Generation {
+            groups,
+            offsets,
+            mask,
+            advantages: advantages.values,
+            old,
+            reference,
+            weights,
+            sampler,
+        };
         for _ in 0..iterations {
             if step == updates {
                 break;
             }
             let log = &logs[step as usize];
             t.case(format!("{name} step {}", step + 1));
-            let lr = learning_rate(optimizer.schedule, optimizer.lr, step, updates, optimizer.warmup_updates);
+            let lr =
+                learning_rate(optimizer.schedule, optimizer.lr, step, scheduled, optimizer.warmup_updates);
             t.value("learning rate", lr, number(&log["learning_rate"]), 0.0, 1e-12);
             let (sums, grad_norm) =
                 update(&generation, c, &objective, &optimizer, lr, &warp, &pool, &mut policy, &mut learner);
@@ -266,45 +323,100 @@ fn update(
     policy: &mut Policy,
     learner: &mut Learner,
 ) -> (LossSums, f64) {
-    let tokens = g.mask.iter().filter(|m| **m).count();
-    let totals = BatchTotals {
-        tokens,
-        entropy_tokens: tokens,
-        completions: g.offsets.len() - 1,
-        max_new_tokens: number(&c["max_completion_length"]) as usize,
-    };
     let mut sums = LossSums::default();
     let mut row = 0;
     let stats = learner
         .update(pool, policy, &g.groups, warp, optimizer, lr, |pieces, scores| {
             let rows: usize = pieces.iter().map(|p| p.completions.len()).sum();
-            let (from, to) = (g.offsets[row], g.offsets[row + rows]);
-            let offsets: Vec<usize> = g.offsets[row..=row + rows].iter().map(|o| o - from).collect();
-            let advantages: Vec<f32> = (row..row + rows)
-                .flat_map(|r| vec![g.advantages[r]; g.offsets[r + 1] - g.offsets[r]])
-                .collect();
-            row += rows;
-            let out = policy_loss(
-                &LossInputs {
-                    offsets: &offsets,
-                    new: &scores.logprobs,
-                    old: &g.old[from..to],
-                    reference: g.reference.as_deref().map(|r| &r[from..to]),
-                    entropy: &scores.entropies,
-                    advantages: &advantages,
-                    mask: &g.mask[from..to],
-                    weights: g.weights.as_deref().map(|w| &w[from..to]),
-                    totals,
-                    kl_coefficient: objective.kl.coefficient,
-                    ..LossInputs::default()
-                },
-                objective,
-            );
-            sums.add(&out.sums);
-            Ok(ScoreGrads { logprobs: out.d_new, entropies: out.d_entropy })
+            let mut grads = ScoreGrads::default();
+            // the trainer's own micro-batches, whatever the learner's are
+            let recorded = number(&c["per_device_train_batch_size"]) as usize;
+            let end = row + rows;
+            let first = g.offsets[row];
+            while row < end {
+                let next = (row / recorded * recorded + recorded).min(end);
+                let span = g.offsets[row] - first..g.offsets[next] - first;
+                micro_batch(
+                    g,
+                    c,
+                    objective,
+                    row..next,
+                    &scores.logprobs[span.clone()],
+                    &scores.entropies[span],
+                )
+                .add_to(&mut sums, &mut grads);
+                row = next;
+            }
+            Ok(grads)
         })
         .unwrap();
     (sums, stats.grad_norm)
+}
+
+/// A recorded micro-batch's loss, with the factor that the trainer's accumulation gives it.
+struct Part {
+    out: LossOutputs,
+    scale: f64,
+}
+
+impl Part {
+    fn add_to(mut self, sums: &mut LossSums, grads: &mut ScoreGrads) {
+        self.out.sums.loss *= self.scale;
+        sums.add(&self.out.sums);
+        let scaled = |d: &f32| (f64::from(*d) * self.scale) as f32;
+        grads.logprobs.extend(self.out.d_new.iter().map(scaled));
+        grads.entropies.extend(self.out.d_entropy.iter().map(scaled));
+    }
+}
+
+fn micro_batch(
+    g: &Generation,
+    c: &Value,
+    objective: &Objective,
+    rows: std::ops::Range<usize>,
+    new: &[f32],
+    entropy: &[f32],
+) -> Part {
+    let span = g.offsets[rows.start]..g.offsets[rows.end];
+    let offsets: Vec<usize> = g.offsets[rows.start..=rows.end].iter().map(|o| o - span.start).collect();
+    let advantages: Vec<f32> =
+        rows.clone().flat_map(|r| vec![g.advantages[r]; g.offsets[r + 1] - g.offsets[r]]).collect();
+    let mask = &g.mask[span.clone()];
+    let count = |mask: &[bool]| mask.iter().filter(|m| **m).count();
+    let accumulation = or(&c["gradient_accumulation_steps"], 1.0);
+    // these three are averaged over the tokens of the whole generation batch, the others by micro-batch
+    let over_all = matches!(loss_type(c), "dapo" | "cispo" | "vespo");
+    let (tokens, scale) = match over_all {
+        true => (count(&g.mask), or(&c["steps_per_generation"], accumulation) / accumulation),
+        false => (count(mask), 1.0 / accumulation),
+    };
+    let threshold = (objective.top_entropy < 1.0)
+        .then(|| entropy_threshold(entropy, mask, objective.top_entropy))
+        .flatten();
+    let uncertain =
+        entropy.iter().zip(mask).filter(|(e, m)| **m && threshold.is_none_or(|h| **e >= h)).count();
+    let inputs = LossInputs {
+        offsets: &offsets,
+        new,
+        old: &g.old[span.clone()],
+        reference: g.reference.as_deref().map(|r| &r[span.clone()]),
+        sampler: g.sampler.as_deref().map(|s| &s[span.clone()]),
+        entropy,
+        advantages: &advantages,
+        mask,
+        weights: g.weights.as_deref().map(|w| &w[span.clone()]),
+        drift: None,
+        entropy_threshold: threshold,
+        totals: BatchTotals {
+            tokens,
+            entropy_tokens: uncertain,
+            completions: rows.len(),
+            max_new_tokens: number(&c["max_completion_length"]) as usize,
+        },
+        kl_coefficient: objective.kl.coefficient,
+        entropy_coefficient: objective.entropy_coefficient / accumulation / scale,
+    };
+    Part { out: policy_loss(&inputs, objective), scale }
 }
 
 /// How far each tensor has moved from the start, against the recorded distances.
