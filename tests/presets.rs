@@ -99,6 +99,25 @@ fn metrics(root: &Path) -> Vec<Map<String, Value>> {
     rows
 }
 
+/// Metrics that are f64 sums over micro-batches; everything else must be the same to the bit.
+const SUMS: [&str; 7] =
+    ["loss", "kl", "entropy", "value_loss", "value_mean", "explained_variance", "kl_coefficient"];
+
+fn same(name: &str, a: &[Map<String, Value>], b: &[Map<String, Value>]) {
+    for (a, b) in a.iter().zip(b) {
+        assert!(a.keys().eq(b.keys()), "{name}");
+        for (key, a) in a {
+            let near = match (a.as_f64(), b[key].as_f64()) {
+                (Some(a), Some(b)) if SUMS.contains(&key.as_str()) => {
+                    (a - b).abs() < 1e-12 * a.abs().max(1.0)
+                }
+                _ => *a == b[key],
+            };
+            assert!(near, "{name}: {key} is {a} or {}", b[key]);
+        }
+    }
+}
+
 fn weights(root: &Path, step: u64) -> Vec<u8> {
     fs::read(root.join(format!("checkpoints/step-{step:08}/weights.f32"))).unwrap()
 }
@@ -144,7 +163,7 @@ fn every_algorithm_trains_to_the_same_bits_however_it_is_cut() {
         );
 
         train(recipe(&name, &sets, &cut_finely(&name, &sets)), &two, false);
-        assert_eq!(rows, metrics(&two), "{name}");
+        same(&name, &rows, &metrics(&two));
         assert_eq!(weights(&one, SFT + 2), weights(&two, SFT + 2), "{name}");
         println!("{name}: loss {} then {}", rows[0]["loss"], rows[1]["loss"]);
     }
