@@ -227,7 +227,8 @@ fn part(pairs: &[(Side, Side)], range: std::ops::Range<usize>, config: &Preferen
     let inputs = PairInputs {
         offsets: &offsets,
         new: &new,
-        reference: Some(&reference),
+        // the odds are of mean logprobs, which no reference is taken from
+        reference: config.losses.iter().all(|l| l.0 != PairLoss::OddsRatio).then_some(&reference[..]),
         weights: None,
         margins: Some(&margins),
         total_pairs: pairs.len(),

@@ -6,7 +6,7 @@ mod golden;
 #[path = "support/schedules.rs"]
 mod schedules;
 
-use golden::{Tally, Tensors, json, number, numbers, optional, or};
+use golden::{Tally, Tensors, json, number, numbers, optional};
 use rft_engine::learner::schedule::learning_rate;
 use rft_kernels::{AdamwStep, Pool, adamw, sum_of_squares};
 use schedules::schedule;
