@@ -210,7 +210,7 @@ fn what_cannot_work_is_refused_with_its_place() {
     refuse(&["rollout.group_sise=4"], &["group_sise", "group_size"]);
     refuse(&["rollout.group_size=1"], &["group_size", "at least 2"]);
     refuse(&["reward.0.script=\"maths\""], &["maths", "math"]);
-    refuse(&["devices.memory_mb=90"], &["memory", "devices.memory_mb", "lower"]);
+    refuse(&["devices.memory_mb=20"], &["memory", "devices.memory_mb", "lower"]);
     refuse(&["model.path=\"nowhere\""], &["model", "exclude each other"]);
     refuse(&["rollout.temperature=0.0"], &["temperature"]);
 

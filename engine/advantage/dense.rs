@@ -64,22 +64,24 @@ pub fn process(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::advantage::groups_of;
 
     #[test]
     fn a_token_has_the_normalised_steps_from_it_on() {
         // two completions of 4 and 2 tokens; steps 1, 0 | 1: mean 2/3, std sqrt(1/3)
         let (offsets, steps): (_, [&Steps; 2]) = ([0, 4, 6], [&[(1, 1.0), (3, 0.0)], &[(1, 1.0)]]);
+        let both = groups_of(2, 2);
         let config = AdvantageConfig { eps: 0.0, ..AdvantageConfig::default() };
-        let out = process(&offsets, &[0..2], &steps, &[true, true], &config);
+        let out = process(&offsets, &both, &steps, &[true, true], &config);
         let (up, down) = (3f64.sqrt() / 3.0, -2.0 * 3f64.sqrt() / 3.0);
         let want = [up + down, up + down, down, down, up, up];
         assert!(out.iter().zip(want).all(|(a, b)| (a - b).abs() < 1e-12), "{out:?}");
-        let alone = process(&offsets, &[0..2], &steps, &[true, false], &config);
+        let alone = process(&offsets, &both, &steps, &[true, false], &config);
         assert_eq!(&alone[4..], [0.0, 0.0]);
         // mean 1/2 and deviation sqrt(1/2) of the steps that are left
         assert!((alone[3] + 0.5f64.sqrt()).abs() < 1e-12 && alone[0].abs() < 1e-12);
         let plain = AdvantageConfig { baseline: Baseline::Zero, scale: Scale::None, ..config };
-        assert_eq!(process(&offsets, &[0..2], &steps, &[true, true], &plain), [1.0, 1.0, 0.0, 0.0, 1.0, 1.0]);
+        assert_eq!(process(&offsets, &both, &steps, &[true, true], &plain), [1.0, 1.0, 0.0, 0.0, 1.0, 1.0]);
     }
 
     #[test]

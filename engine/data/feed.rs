@@ -223,7 +223,8 @@ fn wanted(seed: u64, task: &TaskOrder, number: usize, own: usize, position: u64,
         None | Some(Curriculum::Sorted { .. }) => true,
         Some(Curriculum::Widening { start, by, .. }) => {
             let done = if *by > 0.0 { (now.progress / by).min(1.0) } else { 1.0 };
-            let open = ((start + (1.0 - start) * done) * task.rows.len() as f64).ceil().max(1.0);
+            // less a rounding error, so that 0.6 of 10 rows are 6 though the product is a little above
+            let open = ((start + (1.0 - start) * done) * task.rows.len() as f64 - 1e-9).ceil().max(1.0);
             (task.rank[own] as f64) < open
         }
         Some(Curriculum::PassRate { target, width, floor, .. }) => {

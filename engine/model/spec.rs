@@ -316,7 +316,7 @@ impl ModelSpec {
             let scalar = f64::from(self.attn_scale).powi(-2);
             // Whole where that is the same scale: what is read back must be.
             let whole = scalar.round();
-            let same = whole >= 1.0 && whole < 1e15 && whole.powf(-0.5) as f32 == self.attn_scale;
+            let same = (1.0..1e15).contains(&whole) && whole.powf(-0.5) as f32 == self.attn_scale;
             let scalar = if same { json!(whole as u64) } else { json!(scalar) };
             map.insert("query_pre_attn_scalar".into(), scalar);
             map.insert("attn_logit_softcapping".into(), json!(self.attn_softcap));

@@ -163,7 +163,6 @@ impl<'a> StepBatch<'a> {
                 kl_coefficient,
                 entropy_coefficient,
                 entropy_threshold: self.entropy_threshold,
-                ..LossInputs::default()
             },
             objective,
         )
