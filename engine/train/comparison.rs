@@ -38,7 +38,7 @@ pub struct Pair {
 pub enum Verdict {
     /// Which one of two is better; pairs in order of their groups.
     Pairs(Vec<Pair>, PreferenceConfig),
-    /// Whether each one, in order, is desirable; scores are compared with the baseline ([`Comparisons::baseline`]).
+    /// Whether each one, in order, is desirable; scores are compared with the baseline (`loss::preference::kto_baseline`).
     Labels(Vec<bool>, f64, KtoConfig),
 }
 

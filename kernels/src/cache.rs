@@ -18,9 +18,9 @@ pub const BLOCK: usize = 16;
 pub enum KvPages {
     /// As they are computed.
     F32 {
-        /// [block][kv_head][head_dim][16].
+        /// `[block][kv_head][head_dim][16]`.
         k: Vec<f32>,
-        /// [block][kv_head][16][head_dim].
+        /// `[block][kv_head][16][head_dim]`.
         v: Vec<f32>,
     },
     /// Rounded to bf16, to nearest even.
