@@ -17,7 +17,7 @@ use crate::config::{Precision, Recipe, RewardConfig, parse_precision};
 use crate::data::prompts::{Renderer, Row, read_jsonl};
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{EngineError, Result};
-use crate::eval::Evaluation;
+use crate::eval::{Evaluation, Trial};
 use crate::learner::batch::{GroupTokens, micro_batches, pack};
 use crate::model::backprop::Trainer;
 use crate::model::decoder::PagedDecoder;
@@ -477,10 +477,8 @@ fn eval(args: &EvalArgs) -> Result<()> {
     let evaluation = Evaluation {
         prompts: &prompts,
         samples: args.samples,
-        sampling: &sampling,
-        scorer: &scorer,
+        trial: Trial { sampling: &sampling, scorer: &scorer, progress: (0, 0) },
         full_reward: rewards.iter().map(|r| r.weight).sum(),
-        progress: (0, 0),
     };
     let key = RolloutKey { seed: args.sampling.seed, step: 0, version: PolicyVersion(0) };
     let mut model = PagedDecoder::new(loaded.policy.weights());

@@ -1,6 +1,7 @@
 //! Mean reward and pass@k over a set of prompts, on the same rollout engine and verifiers as training.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use rft_kernels::Pool;
 
@@ -14,27 +15,69 @@ use crate::types::Prompt;
 /// A completion passes when its reward is at least this share of the best possible one, taken as the sum of weights.
 const PASS_SHARE: f64 = 0.999;
 
+/// How prompts are answered and answers scored.
+#[derive(Clone, Copy)]
+pub struct Trial<'a> {
+    /// How completions are drawn.
+    pub sampling: &'a SamplingConfig,
+    /// Verifiers.
+    pub scorer: &'a Scorer,
+    /// `ctx.step` and `ctx.total_steps` of the scripts.
+    pub progress: (u64, u64),
+}
+
+/// Requests answered and scored.
+pub struct Answers {
+    /// In the order of the requests.
+    pub groups: Vec<ScoredGroup>,
+    /// Of the rollouts.
+    pub stats: RolloutStats,
+    /// Seconds waited for verifiers after the last completion.
+    pub waited: f64,
+}
+
+impl Trial<'_> {
+    /// Answers and scores requests; verifiers run while later groups still decode.
+    ///
+    /// # Errors
+    /// As [`RolloutEngine::generate`] and [`crate::reward::Scoring::finish`].
+    pub fn run(
+        &self,
+        engine: &mut RolloutEngine,
+        model: &mut dyn PagedModel,
+        pool: &Pool,
+        tokenizer: &Tokenizer,
+        requests: &[Request],
+        key: RolloutKey,
+    ) -> Result<Answers> {
+        let mut scoring = self.scorer.start(self.progress.0, self.progress.1, key.seed);
+        let stats =
+            engine.generate(model, pool, tokenizer, requests, self.sampling, key, &mut |i, group| {
+                scoring.submit(i, group);
+                Ok(())
+            })?;
+        let waiting = Instant::now();
+        Ok(Answers { groups: scoring.finish()?, stats, waited: waiting.elapsed().as_secs_f64() })
+    }
+}
+
 /// What an evaluation runs on.
 pub struct Evaluation<'a> {
     /// Prompts to answer.
     pub prompts: &'a [Arc<Prompt>],
     /// Completions a prompt.
     pub samples: usize,
-    /// How they are drawn.
-    pub sampling: &'a SamplingConfig,
-    /// Verifiers.
-    pub scorer: &'a Scorer,
+    /// How they are drawn and scored.
+    pub trial: Trial<'a>,
     /// Sum of the verifiers' weights.
     pub full_reward: f64,
-    /// `ctx.step` and `ctx.total_steps` of the scripts.
-    pub progress: (u64, u64),
 }
 
 impl Evaluation<'_> {
     /// Answers and scores the prompts.
     ///
     /// # Errors
-    /// No completion has a reward; else as [`RolloutEngine::generate`] and [`crate::reward::Scoring::finish`].
+    /// No completion has a reward; else as [`Trial::run`].
     pub fn run(
         &self,
         engine: &mut RolloutEngine,
@@ -45,14 +88,8 @@ impl Evaluation<'_> {
     ) -> Result<(EvalResult, Vec<ScoredGroup>, RolloutStats)> {
         let requests: Vec<Request> =
             self.prompts.iter().map(|p| Request { prompt: Arc::clone(p), samples: self.samples }).collect();
-        let mut scoring = self.scorer.start(self.progress.0, self.progress.1, key.seed);
-        let stats =
-            engine.generate(model, pool, tokenizer, &requests, self.sampling, key, &mut |i, group| {
-                scoring.submit(i, group);
-                Ok(())
-            })?;
-        let groups = scoring.finish()?;
-        Ok((self.summarise(&groups)?, groups, stats))
+        let answers = self.trial.run(engine, model, pool, tokenizer, &requests, key)?;
+        Ok((self.summarise(&answers.groups)?, answers.groups, answers.stats))
     }
 
     fn summarise(&self, groups: &[ScoredGroup]) -> Result<EvalResult> {

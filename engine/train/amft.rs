@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use super::answer::VALIDATION;
 use super::batch::StepBatch;
 use super::tasks::Tasks;
 use super::{Run, State};
@@ -19,13 +20,9 @@ use crate::learner::batch::{GroupTokens, Piece};
 use crate::learner::step::{Learner, ScoreGrads};
 use crate::loss::LossOutputs;
 use crate::model::backprop::Scores;
-use crate::model::decoder::PagedDecoder;
 use crate::reward::ScoredGroup;
-use crate::rollout::{Request, RolloutEngine, RolloutKey, SamplingConfig};
+use crate::rollout::{RolloutEngine, SamplingConfig};
 use crate::types::{Prompt, TokenId};
-
-/// Added to `RolloutKey::step` of validation rollouts, apart from training and evaluation.
-const VALIDATION_STEP: u64 = 1 << 62;
 
 /// The learned weight; part of every checkpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -150,31 +147,10 @@ impl Run {
         engine: &mut RolloutEngine,
         sampling: &SamplingConfig,
     ) -> Result<Vec<f32>> {
-        let samples = self.recipe.rollout.group_size;
-        let requests: Vec<Request> = self
-            .tasks
-            .validation
-            .prompts
-            .iter()
-            .map(|p| Request { prompt: Arc::clone(p), samples })
-            .collect();
-        let step = VALIDATION_STEP | (self.state.steps + 1);
-        let key = RolloutKey { seed: self.recipe.seed, step, version: self.policy.version };
-        let mut scoring = self.scorer.start(self.state.steps + 1, self.recipe.train.steps, self.recipe.seed);
-        let mut model = PagedDecoder::new(self.policy.weights());
-        engine.generate(
-            &mut model,
-            &self.pool,
-            &self.tokenizer,
-            &requests,
-            sampling,
-            key,
-            &mut |i, group| {
-                scoring.submit(i, group);
-                Ok(())
-            },
-        )?;
-        let scored = scoring.finish()?;
+        let step = self.state.steps + 1;
+        let trial = self.trial(sampling, (step, self.recipe.train.steps));
+        let (prompts, samples) = (self.tasks.validation.prompts.iter(), self.recipe.rollout.group_size);
+        let scored = self.answer(engine, prompts, samples, VALIDATION | step, trial)?.groups;
         let batch = StepBatch::new(&scored, sampling, false);
         let advantages = centred(&scored);
         let tokens = batch.totals.tokens.max(1) as f32;

@@ -1,4 +1,5 @@
 //! The completions of a step as the objective sees them: flat, in group order.
+
 use std::collections::BTreeSet;
 use std::ops::Range;
 

@@ -1,8 +1,9 @@
 //! Rewards of a step to an advantage for every token: within groups, or by a critic.
+
 use std::ops::Range;
-use std::sync::Arc;
 
 use super::Run;
+use super::answer::GREEDY;
 use super::batch::{StepBatch, component_rows};
 use crate::advantage::dense::{self, Steps};
 use crate::advantage::{
@@ -10,12 +11,8 @@ use crate::advantage::{
 };
 use crate::error::Result;
 use crate::loss::kl::Placement;
-use crate::model::decoder::PagedDecoder;
 use crate::reward::ScoredGroup;
-use crate::rollout::{Request, RolloutEngine, RolloutKey};
-
-/// Added to `RolloutKey::step` of greedy completions, apart from training, evaluation and validation.
-const GREEDY_STEP: u64 = 1 << 61;
+use crate::rollout::RolloutEngine;
 
 /// What the loss of a step compares with.
 pub(super) struct Credit {
@@ -205,17 +202,9 @@ impl Run {
         step: u64,
         total: u64,
     ) -> Result<Vec<Option<f64>>> {
-        let requests: Vec<Request> =
-            groups.iter().map(|g| Request { prompt: Arc::clone(&g.group.prompt), samples: 1 }).collect();
-        let version = self.policy.version;
-        let key = RolloutKey { seed: self.recipe.seed, step: GREEDY_STEP | step, version };
-        let mut scoring = self.scorer.start(step, total, self.recipe.seed);
-        let mut model = PagedDecoder::new(self.policy.weights());
-        let (pool, tokenizer, sampling) = (&self.pool, &self.tokenizer, self.sampling(0.0));
-        engine.generate(&mut model, pool, tokenizer, &requests, &sampling, key, &mut |i, group| {
-            scoring.submit(i, group);
-            Ok(())
-        })?;
-        Ok(scoring.finish()?.iter().map(|g| g.outcomes[0].reward).collect())
+        let prompts = groups.iter().map(|g| &g.group.prompt);
+        let sampling = self.sampling(0.0);
+        let answers = self.answer(engine, prompts, 1, GREEDY | step, self.trial(&sampling, (step, total)))?;
+        Ok(answers.groups.iter().map(|g| g.outcomes[0].reward).collect())
     }
 }

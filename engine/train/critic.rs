@@ -1,4 +1,5 @@
 //! The critic of a run: its values before a step, its updates, its metrics, and what of it is kept.
+
 use super::Run;
 use super::batch::StepBatch;
 use crate::config::StageConfig;

@@ -1,21 +1,16 @@
 //! The groups of a step: which prompts, what they were answered and paid, and which of them are trained on.
-use std::sync::Arc;
-use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
 use super::Run;
+use super::answer::ROUND;
 use super::filter::Measured;
 use super::replay::{self, Past, informative};
 use crate::config::StageConfig;
 use crate::data::feed::{Cursor, Now};
 use crate::error::Result;
-use crate::model::decoder::PagedDecoder;
 use crate::reward::ScoredGroup;
-use crate::rollout::{Request, RolloutEngine, RolloutKey, RolloutStats, SamplingConfig};
-
-/// Bit of `RolloutKey::step` from which on rounds are counted: a prompt drawn again in a later round is answered anew.
-const ROUND: u32 = 40;
+use crate::rollout::{RolloutEngine, RolloutStats, SamplingConfig};
 
 /// What the choice of prompts depends on; in every checkpoint.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -125,12 +120,14 @@ impl Run {
                 break;
             }
             let new = self.next_rows(stage, total, wanted - kept, Use::Answer)?;
-            let (groups, done, waited) = self.roll_out(engine, sampling, &new, (step, round), total)?;
-            kept += groups.iter().filter(|g| informative(g)).count();
+            let prompts = new.iter().map(|&row| &self.tasks.train[row]);
+            let (samples, trial) = (self.recipe.rollout.group_size, self.trial(sampling, (step, total)));
+            let answers = self.answer(engine, prompts, samples, step | round << ROUND, trial)?;
+            kept += answers.groups.iter().filter(|g| informative(g)).count();
             rows.extend(new);
-            seen.extend(groups);
-            add(&mut stats, &done);
-            reward_s += waited;
+            seen.extend(answers.groups);
+            add(&mut stats, &answers.stats);
+            reward_s += answers.waited;
         }
         self.scorer.end_step(&seen, step, total, self.recipe.seed)?;
         self.observe(&rows, &seen, step);
@@ -186,37 +183,6 @@ impl Run {
                 &drawn.groups[..drawn.fresh],
             );
         }
-    }
-
-    fn roll_out(
-        &self,
-        engine: &mut RolloutEngine,
-        sampling: &SamplingConfig,
-        rows: &[usize],
-        (step, round): (u64, u64),
-        total: u64,
-    ) -> Result<(Vec<ScoredGroup>, RolloutStats, f64)> {
-        let samples = self.recipe.rollout.group_size;
-        let requests: Vec<Request> =
-            rows.iter().map(|&row| Request { prompt: Arc::clone(&self.tasks.train[row]), samples }).collect();
-        let key =
-            RolloutKey { seed: self.recipe.seed, step: step | round << ROUND, version: self.policy.version };
-        let mut scoring = self.scorer.start(step, total, self.recipe.seed);
-        let mut model = PagedDecoder::new(self.policy.weights());
-        let stats = engine.generate(
-            &mut model,
-            &self.pool,
-            &self.tokenizer,
-            &requests,
-            sampling,
-            key,
-            &mut |i, group| {
-                scoring.submit(i, group);
-                Ok(())
-            },
-        )?;
-        let waiting = Instant::now();
-        Ok((scoring.finish()?, stats, waiting.elapsed().as_secs_f64()))
     }
 }
 

@@ -1,21 +1,18 @@
 //! The instance filter: prompts whose rollouts teach nothing are dropped, and the run folder says which and why.
+
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::Run;
+use super::answer::FILTER_PASS;
 use crate::config::{FilterConfig, StageConfig};
 use crate::data::feed::Curriculum;
 use crate::error::{EngineError, Result};
-use crate::model::decoder::PagedDecoder;
 use crate::report::sinks::RunFolder;
 use crate::reward::ScoredGroup;
-use crate::rollout::{Request, RolloutEngine, RolloutKey};
-
-/// `RolloutKey::step` of the passes before stages, apart from training steps and evaluations.
-const PASS_STEP: u64 = 1 << 61;
+use crate::rollout::RolloutEngine;
 
 /// Prompts of a pass that are drawn at once: bounds the completions held.
 const PASS_PROMPTS: usize = 256;
@@ -117,30 +114,13 @@ impl Run {
             .filter(|row| !self.state.data.measured.dropped.contains_key(row))
             .collect();
         let sampling = self.sampling(self.recipe.rollout.temperature);
-        let (steps, seed) = (self.state.steps, self.recipe.seed);
-        let key =
-            RolloutKey { seed, step: PASS_STEP + self.state.stage as u64, version: self.policy.version };
+        let (steps, key_step) = (self.state.steps, FILTER_PASS + self.state.stage as u64);
         let before = self.state.data.measured.dropped.len();
         for rows in rows.chunks(PASS_PROMPTS) {
-            let requests: Vec<Request> = rows
-                .iter()
-                .map(|&row| Request { prompt: Arc::clone(&self.tasks.train[row]), samples: filter.samples })
-                .collect();
-            let mut scoring = self.scorer.start(steps, self.recipe.train.steps, seed);
-            let mut model = PagedDecoder::new(self.policy.weights());
-            engine.generate(
-                &mut model,
-                &self.pool,
-                &self.tokenizer,
-                &requests,
-                &sampling,
-                key,
-                &mut |i, group| {
-                    scoring.submit(i, group);
-                    Ok(())
-                },
-            )?;
-            for (&row, group) in rows.iter().zip(&scoring.finish()?) {
+            let prompts = rows.iter().map(|&row| &self.tasks.train[row]);
+            let trial = self.trial(&sampling, (steps, self.recipe.train.steps));
+            let answers = self.answer(engine, prompts, filter.samples, key_step, trial)?;
+            for (&row, group) in rows.iter().zip(&answers.groups) {
                 let task = &self.tasks.list[self.tasks.feed.task_of(row)];
                 let Some((rate, std)) = shares(group, task.full_reward) else { continue };
                 let measured = &mut self.state.data.measured;

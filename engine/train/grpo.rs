@@ -1,4 +1,5 @@
 //! A step of reinforcement: draw, score, compare, update, log.
+
 use std::time::Instant;
 
 use serde_json::{Map, Value, json};

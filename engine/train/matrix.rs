@@ -1,7 +1,9 @@
 //! Held-out measurement of a run: all tasks at once, and after each stage of a recipe with named tasks.
+
 use std::collections::BTreeMap;
 
-use super::{EVAL_STEP, Run};
+use super::Run;
+use super::answer::EVALUATION;
 use crate::config::StageConfig;
 use crate::error::Result;
 use crate::eval::Evaluation;
@@ -9,7 +11,7 @@ use crate::model::decoder::PagedDecoder;
 use crate::report::forgetting::TaskMatrix;
 use crate::report::metrics::EvalResult;
 use crate::reward::ScoredGroup;
-use crate::rollout::{RolloutEngine, RolloutKey};
+use crate::rollout::RolloutEngine;
 
 impl Run {
     /// Held-out results of each task (`None` without held-out prompts), and the groups of all.
@@ -18,7 +20,7 @@ impl Run {
         engine: &mut RolloutEngine,
     ) -> Result<(Vec<Option<EvalResult>>, Vec<ScoredGroup>)> {
         let sampling = self.sampling(self.recipe.eval.temperature);
-        let key = RolloutKey { seed: self.recipe.seed, step: EVAL_STEP, version: self.policy.version };
+        let key = self.rollout_key(EVALUATION);
         let (mut results, mut all) = (Vec::new(), Vec::new());
         for task in &self.tasks.list {
             if task.heldout.is_empty() {
@@ -28,10 +30,8 @@ impl Run {
             let evaluation = Evaluation {
                 prompts: &self.tasks.heldout[task.heldout.clone()],
                 samples: self.recipe.eval.samples,
-                sampling: &sampling,
-                scorer: &self.scorer,
+                trial: self.trial(&sampling, (self.state.steps, self.recipe.train.steps)),
                 full_reward: task.full_reward,
-                progress: (self.state.steps, self.recipe.train.steps),
             };
             let mut model = PagedDecoder::new(self.policy.weights());
             let (result, groups, _) = evaluation.run(engine, &mut model, &self.pool, &self.tokenizer, key)?;

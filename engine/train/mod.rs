@@ -4,6 +4,7 @@
 //! and moments; both are in every checkpoint, so a resumed run takes the very same steps.
 
 mod amft;
+mod answer;
 mod batch;
 pub mod comparison;
 mod credit;
@@ -57,9 +58,6 @@ use draw::DataState;
 use reference::{Reference, ReferenceState, reference_bytes};
 use stage_rows::{StageRows, load_stage_rows};
 use tasks::{Tasks, load_tasks};
-
-/// `RolloutKey::step` of evaluations, apart from all training steps.
-const EVAL_STEP: u64 = 1 << 63;
 
 /// The whole of a step's randomness and position; what a checkpoint holds beside the buffers.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]

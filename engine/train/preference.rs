@@ -1,4 +1,5 @@
 //! A step of preference optimisation: take stored comparisons or draw and rank, update, log.
+
 use std::time::Instant;
 
 use serde_json::{Value, json};

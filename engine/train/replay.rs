@@ -2,6 +2,7 @@
 //!
 //! A past group keeps the logprobs that its own policy sampled it with, so its importance ratios are right, and its
 //! rewards, so its advantages are. How far it may be from the policy is bounded by its age, and its effect by the clip.
+
 use std::sync::Arc;
 
 use rft_rewards::{Outcome, RewardError};

@@ -1,4 +1,5 @@
 //! What a run leaves on disk and goes on from: checkpoints, the reference policy, exported models.
+
 use std::path::{Path, PathBuf};
 
 use super::{Run, State};

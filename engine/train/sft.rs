@@ -1,4 +1,5 @@
 //! A step of maximum likelihood on demonstrations.
+
 use std::time::Instant;
 
 use super::Run;

@@ -1,4 +1,5 @@
 //! Rows to prompts: what a run trains on and what it holds out, task by task.
+
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
