@@ -6,9 +6,8 @@ mod runs;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
-use std::process::Command;
 
-use runs::{Folder, lines, program, stderr, timeless_metrics, weights};
+use runs::{Folder, lines, program, stderr, summary, timeless_metrics, weights};
 use serde_json::{Map, Value};
 
 const MODEL: &str = r#"
@@ -100,10 +99,6 @@ struct Record {
     weights: blake3::Hash,
 }
 
-fn summary(run: &Path) -> Value {
-    serde_json::from_slice(&std::fs::read(run.join("summary.json")).unwrap()).unwrap()
-}
-
 fn record(run: &Path) -> Record {
     Record {
         metrics: timeless_metrics(run),
@@ -114,38 +109,14 @@ fn record(run: &Path) -> Record {
     }
 }
 
-/// Leaves of a finished run what one that was killed after its checkpoint `keep` would have left.
-fn cut(whole: &Path, run: &Path, keep: u64) {
-    assert!(Command::new("cp").arg("-r").arg(whole).arg(run).status().unwrap().success());
-    let mut later = 0;
-    for entry in std::fs::read_dir(run.join("checkpoints")).unwrap() {
-        let path = entry.unwrap().path();
-        let name = path.file_name().unwrap().to_string_lossy().into_owned();
-        if name.strip_prefix("step-").is_some_and(|n| n.parse::<u64>().unwrap() > keep) {
-            std::fs::remove_dir_all(path).unwrap();
-            later += 1;
-        }
-    }
-    assert!(later > 0, "no checkpoint is later than {keep}");
-    std::fs::remove_dir_all(run.join("final")).unwrap();
-    std::fs::remove_file(run.join("summary.json")).unwrap();
-}
-
 /// Runs a recipe on two threads, on one, and resumed after each of the `cuts`; all must tell the same.
 fn same_however_run(recipe: &str, sets: &[&str], cuts: &[u64]) -> (Folder, Record) {
     let folder = Folder::new(&format!("{MODEL}{recipe}"));
-    let launch = |run: &str, threads: &str| {
-        let output = folder.launch(run, &[sets, &[threads]].concat());
-        assert!(output.status.success(), "{}", stderr(&output));
-        record(&folder.at(run))
-    };
+    let launch = |run: &str, threads: &str| record(&folder.run(run, &[sets, &[threads]].concat()));
     let (two, one) = (launch("two", "devices.threads=2"), launch("one", "devices.threads=1"));
     assert_eq!(two, one, "threads can be seen");
     for &keep in cuts {
-        let run = folder.at(&format!("cut-{keep}"));
-        cut(&folder.at("two"), &run, keep);
-        let resumed = program(&["launch", "--run-dir", run.to_str().unwrap(), "--resume"]);
-        assert!(resumed.status.success(), "{}", stderr(&resumed));
+        let run = folder.resumed(&folder.at("two"), &format!("cut-{keep}"), keep);
         assert_eq!(two, record(&run), "resuming after {keep} can be seen");
     }
     (folder, two)

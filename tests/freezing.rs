@@ -1,8 +1,9 @@
 //! Frozen weights: bit for bit unchanged, free of gradients, moments and memory; the rest trains as in a full run.
 
+#[path = "support/runs.rs"]
+mod runs;
+
 use std::ops::Range;
-use std::path::Path;
-use std::process::{Command, Output};
 
 use rft_engine::config::{ModelConfig, OptimizerConfig, Precision, Recipe};
 use rft_engine::learner::batch::GroupTokens;
@@ -13,6 +14,7 @@ use rft_engine::model::params::Shape;
 use rft_engine::model::policy::Policy;
 use rft_engine::model::spec::ModelSpec;
 use rft_kernels::{Pool, Warp};
+use runs::{Folder, checkpoints, weights};
 use serde_json::json;
 
 const SEED: u64 = 11;
@@ -215,36 +217,14 @@ batch = 4
 kind = "grpo"
 "#;
 
-fn launch(args: &[&str], run: &Path) -> Output {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_rft-engine"));
-    let output = command.arg("launch").args(args).arg("--run-dir").arg(run).output().unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    output
-}
-
 /// A half that trained in the first stage and rests in the second must be in the checkpoints of the second.
 #[test]
 fn a_run_with_redrawn_halves_resumes_to_the_same_bytes_from_every_checkpoint() {
-    let place = tempfile::tempdir().unwrap();
-    let (recipe, whole) = (place.path().join("recipe.toml"), place.path().join("whole"));
-    std::fs::write(&recipe, RECIPE).unwrap();
-    launch(&[recipe.to_str().unwrap()], &whole);
-    let weights = |run: &Path| std::fs::read(run.join("final/model.safetensors")).unwrap();
+    let place = Folder::new(RECIPE);
+    let whole = place.run("whole", &[]);
+    assert_eq!(checkpoints(&whole).len(), 6);
     for last in [1, 2, 3, 5] {
-        let cut = place.path().join(format!("cut-{last}"));
-        assert!(Command::new("cp").arg("-r").arg(&whole).arg(&cut).status().unwrap().success());
-        std::fs::remove_dir_all(cut.join("final")).unwrap();
-        let mut removed = 0;
-        for entry in std::fs::read_dir(cut.join("checkpoints")).unwrap() {
-            let path = entry.unwrap().path();
-            let step = path.file_name().unwrap().to_string_lossy().strip_prefix("step-").map(str::to_string);
-            if step.is_some_and(|step| step.parse::<u64>().unwrap() > last) {
-                std::fs::remove_dir_all(path).unwrap();
-                removed += 1;
-            }
-        }
-        assert_eq!(removed, 6 - last);
-        launch(&["--resume"], &cut);
+        let cut = place.resumed(&whole, &format!("cut-{last}"), last);
         assert_eq!(weights(&whole), weights(&cut), "from checkpoint {last}");
     }
 }

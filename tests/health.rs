@@ -1,8 +1,11 @@
 //! Health in whole runs: said once when it changes, counted in the summary, shown in the report, unchanged by a resumption.
 
-use std::path::PathBuf;
-use std::process::{Command, Output};
+#[path = "support/runs.rs"]
+mod runs;
 
+use std::path::Path;
+
+use runs::{Folder, lines, stderr, summary};
 use serde_json::{Value, json};
 
 const RECIPE: &str = r#"
@@ -33,46 +36,10 @@ checkpoint_every = 2
 keep_checkpoints = 99
 "#;
 
-struct Place(tempfile::TempDir);
-
-impl Place {
-    fn new(reward: &str) -> Self {
-        let place = Self(tempfile::tempdir().unwrap());
-        std::fs::write(place.at("reward.lua"), reward).unwrap();
-        let recipe = RECIPE.replace("REWARD", &place.at("reward.lua").display().to_string());
-        std::fs::write(place.at("recipe.toml"), recipe).unwrap();
-        place
-    }
-
-    fn at(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
-    }
-
-    fn launch(&self, run: &str, sets: &[&str]) -> Output {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_rft-engine"));
-        command.arg("launch").arg(self.at("recipe.toml")).arg("--run-dir").arg(self.at(run));
-        sets.iter().for_each(|set| {
-            command.args(["--set", set]);
-        });
-        command.output().unwrap()
-    }
-
-    fn summary(&self, run: &str) -> Value {
-        serde_json::from_slice(&std::fs::read(self.at(run).join("summary.json")).unwrap()).unwrap()
-    }
-
-    fn health(&self, run: &str) -> Vec<(String, String)> {
-        let text = std::fs::read_to_string(self.at(run).join("metrics.jsonl")).unwrap();
-        let rows = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
-        let word = |v: &Value| v.as_str().unwrap_or_default().to_string();
-        rows.map(|row| (word(&row["health"]), word(&row["health_reason"]))).collect()
-    }
-}
-
-fn stderr(output: &Output) -> String {
-    let text = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(output.status.success(), "{text}");
-    text
+fn health(run: &Path) -> Vec<(String, String)> {
+    let word = |v: &Value| v.as_str().unwrap_or_default().to_string();
+    let rows = lines(&run.join("metrics.jsonl"));
+    rows.iter().map(|row| (word(&row["health"]), word(&row["health_reason"]))).collect()
 }
 
 /// Rewards are equal on the steps 3 and 4, and the verifier fails on every completion of step 5.
@@ -86,9 +53,12 @@ end
 
 #[test]
 fn each_change_is_said_once_and_each_step_is_counted() {
-    let place = Place::new(CHANGING);
-    let text = stderr(&place.launch("run", &["rollout.max_new_tokens=64"]));
-    let health = place.health("run");
+    let place = Folder::with_reward(RECIPE, CHANGING);
+    let output = place.launch("run", &["rollout.max_new_tokens=64"]);
+    let (text, run) = (stderr(&output), place.at("run"));
+    assert!(output.status.success(), "{text}");
+    let health_of = health;
+    let health = health_of(&run);
     let words: Vec<&str> = health.iter().map(|(word, _)| word.as_str()).collect();
     assert_eq!(words[2..5], ["zero_variance", "zero_variance", "no_reward"], "{health:?}");
     assert_eq!((words[0], words[1], words[5]), ("learning", "learning", "learning"), "{health:?}");
@@ -101,36 +71,31 @@ fn each_change_is_said_once_and_each_step_is_counted() {
     // the failure itself is said too
     assert_eq!(text.matches("calls of reward failed").count(), 1, "{text}");
     let counts = json!({"learning": 3, "zero_variance": 2, "no_reward": 1});
-    assert_eq!(place.summary("run")["health"], counts);
+    assert_eq!(summary(&run)["health"], counts);
     let page = std::fs::read_to_string(place.at("run/report.html")).unwrap();
     assert!(page.contains("3 of 6 steps learned") && page.contains("<td>3–4<td>zero_variance"));
 
-    for step in ["step-00000004", "step-00000006"] {
-        std::fs::remove_dir_all(place.at("run/checkpoints").join(step)).unwrap();
-    }
-    std::fs::remove_dir_all(place.at("run/final")).unwrap();
-    let mut command = Command::new(env!("CARGO_BIN_EXE_rft-engine"));
-    stderr(&command.args(["launch", "--resume", "--run-dir"]).arg(place.at("run")).output().unwrap());
-    assert_eq!(place.health("run"), health);
-    assert_eq!(place.summary("run")["health"], counts);
+    let resumed = place.resumed(&run, "resumed", 2);
+    assert_eq!(health_of(&resumed), health);
+    assert_eq!(summary(&resumed)["health"], counts);
 }
 
 #[test]
 fn cut_off_completions_and_clipped_tokens_are_told_apart_from_equal_rewards() {
-    let place = Place::new("function reward() return 0 end\n");
-    stderr(&place.launch("cut", &["rollout.max_new_tokens=1", "train.steps=1"]));
-    let (word, why) = &place.health("cut")[0];
+    let place = Folder::with_reward(RECIPE, "function reward() return 0 end\n");
+    let run = place.run("cut", &["rollout.max_new_tokens=1", "train.steps=1"]);
+    let (word, why) = &health(&run)[0];
     assert_eq!(word, "truncated");
     assert!(
         why.ends_with("of the completions were cut at max_new_tokens and their rewards are equal"),
         "{why}"
     );
 
-    let place = Place::new(CHANGING);
+    let place = Folder::with_reward(RECIPE, CHANGING);
     let sets =
         ["train.inner_epochs=8", "train.steps=2", "optimizer.lr=3e-2", "algorithm.objective.clip_low=1e-4"];
-    stderr(&place.launch("clip", &[&sets[..], &["algorithm.objective.clip_high=1e-4"]].concat()));
-    let health = place.health("clip");
+    let run = place.run("clip", &[&sets[..], &["algorithm.objective.clip_high=1e-4"]].concat());
+    let health = health(&run);
     assert!(
         health.iter().any(|(word, why)| word == "clipped" && why.contains("of the tokens off")),
         "{health:?}"

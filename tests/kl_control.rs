@@ -1,10 +1,11 @@
 //! KL control: gradients against closed forms, and in whole runs what is logged against what was sampled.
 
-use std::path::{Path, PathBuf};
-use std::process::Command;
+#[path = "support/runs.rs"]
+mod runs;
 
 use rft_engine::config::Recipe;
 use rft_engine::loss::kl::{Estimator, Gradient, KlConfig};
+use runs::{DIGITS, Folder, lines, program, stderr, weights};
 use serde_json::{Map, Value};
 
 const ESTIMATORS: [(&str, Estimator); 4] =
@@ -96,7 +97,7 @@ heldout = 4
 max_operand = 9
 problems = 30
 [[reward]]
-script = "DIGITS"
+script = "REWARD"
 [rollout]
 prompts_per_step = 3
 group_size = 4
@@ -111,49 +112,31 @@ lr = 3e-3
 steps = 4
 "#;
 
-/// A reward that varies from completion to completion.
-const DIGITS: &str =
-    "function reward(sample)\n  local _, n = sample.completion:gsub('%d', '')\n  return n / 8\nend\n";
-
 const NEW: &str = "[model.new]\nhidden = 32\nlayers = 2\nheads = 2\nkv_heads = 1\nhead_dim = 16\nffn = 64\n";
 
-struct Place(tempfile::TempDir);
+struct Place(Folder);
 
 impl Place {
     /// A model of its own making, and the recipe that starts from it.
     fn new() -> Self {
-        let place = Self(tempfile::tempdir().unwrap());
-        std::fs::write(place.at("digits.lua"), DIGITS).unwrap();
-        let recipe = RECIPE.replace("DIGITS", &place.at("digits.lua").display().to_string());
-        std::fs::write(place.at("recipe.toml"), format!("{recipe}{NEW}")).unwrap();
-        place.launch("first", &["stage=[{kind = \"sft\", steps = 2, batch = 4}]"]);
-        let model = format!("{recipe}[model]\npath = {:?}\n", place.at("first").join("final"));
-        std::fs::write(place.at("recipe.toml"), model).unwrap();
-        place
-    }
-
-    fn at(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
+        let folder = Folder::with_reward(&format!("{RECIPE}{NEW}"), DIGITS);
+        let recipe = std::fs::read_to_string(folder.at("recipe.toml")).unwrap();
+        let first = folder.run("first", &["stage=[{kind = \"sft\", steps = 2, batch = 4}]"]);
+        let model = format!("[model]\npath = {:?}\n", first.join("final"));
+        folder.write("recipe.toml", &recipe.replace(NEW, &model));
+        Self(folder)
     }
 
     fn launch(&self, run: &str, sets: &[&str]) -> Vec<Map<String, Value>> {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_rft-engine"));
-        command.arg("launch").arg(self.at("recipe.toml")).arg("--run-dir").arg(self.at(run));
-        sets.iter().for_each(|set| {
-            command.args(["--set", set]);
-        });
-        let output = command.output().unwrap();
-        assert!(output.status.success(), "{sets:?}: {}", String::from_utf8_lossy(&output.stderr));
-        lines(&self.at(run).join("metrics.jsonl"))
+        lines(&self.0.run(run, sets).join("metrics.jsonl"))
     }
 
     /// Of every sample of a run: step, reward, advantage, logprobs as drawn and under the model that the run began with.
     fn samples(&self, run: &str) -> Vec<Sample> {
-        let file = self.at(run).join("samples.jsonl");
-        let mut command = Command::new(env!("CARGO_BIN_EXE_rft-engine"));
-        command.args(["logprobs", "--model"]).arg(self.at("first").join("final")).arg("--data").arg(&file);
-        let output = command.output().unwrap();
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let (model, file) = (self.0.at("first/final"), self.0.at(run).join("samples.jsonl"));
+        let output =
+            program(&["logprobs", "--model", model.to_str().unwrap(), "--data", file.to_str().unwrap()]);
+        assert!(output.status.success(), "{}", stderr(&output));
         let text = String::from_utf8(output.stdout).unwrap();
         let numbers =
             |v: &Value| v.as_array().unwrap().iter().map(|x| x.as_f64().unwrap()).collect::<Vec<f64>>();
@@ -177,11 +160,6 @@ struct Sample {
     advantage: f64,
     drawn: Vec<f64>,
     base: Vec<f64>,
-}
-
-fn lines(path: &Path) -> Vec<Map<String, Value>> {
-    let text = std::fs::read_to_string(path).unwrap();
-    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
 }
 
 fn number(row: &Map<String, Value>, key: &str) -> f64 {
@@ -260,7 +238,7 @@ fn every_gradient_runs_and_they_differ() {
                 "algorithm.objective.kl={{coefficient = 1.0, estimator = \"{e}\", gradient = \"{g}\"}}"
             );
             place.launch(&run, &[&set, "train.inner_epochs=2"]);
-            ends.push(std::fs::read(place.at(&run).join("final/model.safetensors")).unwrap());
+            ends.push(weights(&place.0.at(&run)));
         }
     }
     // straight through, the estimator is only what is logged

@@ -1,8 +1,8 @@
 //! What saves memory changes nothing else (activations made again, moments in 8 bits, no moments at all), and the plan of a
 //! run's memory is what it takes.
 
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+#[path = "support/runs.rs"]
+mod runs;
 
 use rft_engine::config::{NewModelConfig, OptimizerConfig, Precision};
 use rft_engine::learner::batch::GroupTokens;
@@ -10,6 +10,7 @@ use rft_engine::learner::optimizer::{MomentKind, Moments, OptimizerKind};
 use rft_engine::learner::step::{Learner, ScoreGrads};
 use rft_engine::model::policy::{Policy, new_model_spec};
 use rft_kernels::{Pool, Warp};
+use runs::{Folder, checkpoints, cut, resume, stderr, summary, weights};
 
 const RECIPE: &str = r#"
 name = "test"
@@ -45,67 +46,30 @@ batch = 16
 kind = "grpo"
 "#;
 
-fn program(args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_rft-engine")).args(args).output().expect("the program starts")
-}
-
-struct Folder(tempfile::TempDir);
-
-impl Folder {
-    fn new() -> Self {
-        let folder = Self(tempfile::tempdir().unwrap());
-        std::fs::write(folder.at("recipe.toml"), RECIPE).unwrap();
-        folder
-    }
-
-    fn at(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
-    }
-
-    /// Runs the recipe and gives its folder.
-    fn launch(&self, run: &str, sets: &[&str]) -> PathBuf {
-        let (recipe, root) = (self.at("recipe.toml"), self.at(run));
-        let mut args = vec!["launch", recipe.to_str().unwrap(), "--run-dir", root.to_str().unwrap()];
-        sets.iter().for_each(|set| args.extend(["--set", set]));
-        let output = program(&args);
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        root
-    }
-}
-
-fn weights(run: &Path) -> Vec<u8> {
-    std::fs::read(run.join("final/model.safetensors")).unwrap()
-}
-
 #[test]
 fn a_run_that_makes_activations_again_ends_with_the_same_bytes() {
-    let folder = Folder::new();
-    let kept = folder.launch("kept", &["train.recompute=off"]);
-    let again = folder.launch("again", &["train.recompute=on"]);
+    let folder = Folder::new(RECIPE);
+    let kept = folder.run("kept", &["train.recompute=off"]);
+    let again = folder.run("again", &["train.recompute=on"]);
     assert_eq!(weights(&kept), weights(&again));
 }
 
 #[test]
 fn a_run_with_moments_in_8_bits_resumes_to_the_same_bytes() {
-    let folder = Folder::new();
-    let whole = folder.launch("whole", &["optimizer.state=int8"]);
-    assert_ne!(weights(&whole), weights(&folder.launch("f32", &[])));
-    let run = folder.launch("cut", &["optimizer.state=int8"]);
-    // the newest checkpoint is that of the end; without it the run goes on from the step before
-    let mut checkpoints: Vec<PathBuf> =
-        std::fs::read_dir(run.join("checkpoints")).unwrap().map(|entry| entry.unwrap().path()).collect();
-    checkpoints.retain(|path| path.file_name().unwrap().to_string_lossy().starts_with("step-"));
-    checkpoints.sort();
-    let bytes = |name: &str| std::fs::metadata(checkpoints[0].join(name)).unwrap().len();
+    let folder = Folder::new(RECIPE);
+    let whole = folder.run("whole", &["optimizer.state=int8"]);
+    assert_ne!(weights(&whole), weights(&folder.run("f32", &[])));
+    let first = whole.join("checkpoints").join(&checkpoints(&whole)[0]);
+    let bytes = |name: &str| std::fs::metadata(first.join(name)).unwrap().len();
     assert_eq!(
         (bytes("adam_m.u8") * 4, bytes("adam_v.u8") * 4),
         (bytes("weights.f32"), bytes("weights.f32"))
     );
-    std::fs::remove_dir_all(checkpoints.last().unwrap()).unwrap();
-    std::fs::remove_dir_all(run.join("final")).unwrap();
-    let resumed = program(&["launch", "--run-dir", run.to_str().unwrap(), "--resume"]);
-    assert!(resumed.status.success(), "{}", String::from_utf8_lossy(&resumed.stderr));
-    assert!(String::from_utf8_lossy(&resumed.stderr).contains("resuming after 23 steps"));
+    let run = folder.at("cut");
+    cut(&whole, &run, 23);
+    let resumed = resume(&run);
+    assert!(resumed.status.success(), "{}", stderr(&resumed));
+    assert!(stderr(&resumed).contains("resuming after 23 steps"));
     assert_eq!(weights(&whole), weights(&run));
 }
 
@@ -189,16 +153,15 @@ const WIDE: [&str; 11] = [
 #[test]
 #[cfg(target_os = "linux")]
 fn the_measured_peak_is_within_a_tenth_of_the_plan() {
-    let folder = Folder::new();
+    let folder = Folder::new(RECIPE);
     let mut peaks = Vec::new();
     for (name, sets) in [
         ("kept", vec!["train.recompute=off"]),
         ("again", vec!["train.recompute=on", "devices.memory_mb=240"]),
         ("bf16", vec!["model.precision=bf16"]),
     ] {
-        let run = folder.launch(name, &[&WIDE[..], &sets[..]].concat());
-        let text = std::fs::read_to_string(run.join("summary.json")).unwrap();
-        let summary: serde_json::Value = serde_json::from_str(&text).unwrap();
+        let run = folder.run(name, &[&WIDE[..], &sets[..]].concat());
+        let summary = summary(&run);
         let [peak, plan] = ["rss_peak_bytes", "memory_plan_bytes"].map(|key| summary[key].as_f64().unwrap());
         println!("{name}: peak {:.0} MiB, {:.3} of the plan", peak / f64::from(1 << 20), peak / plan);
         peaks.push((name, peak / plan));

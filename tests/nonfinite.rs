@@ -1,7 +1,9 @@
 //! Numbers that are not finite: nothing is updated, the sample is named, and the run can go on from before.
 
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+#[path = "support/runs.rs"]
+mod runs;
+
+use std::process::Output;
 
 use rft_engine::config::{NewModelConfig, OptimizerConfig, Precision};
 use rft_engine::error::EngineError;
@@ -9,6 +11,7 @@ use rft_engine::learner::batch::GroupTokens;
 use rft_engine::learner::step::{Learner, ScoreGrads};
 use rft_engine::model::policy::{Policy, new_model_spec};
 use rft_kernels::{Pool, Warp};
+use runs::{Folder, checkpoints, lines, resume, stderr};
 
 const WARP: Warp = Warp { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0 };
 
@@ -89,60 +92,21 @@ keep_checkpoints = 1
 
 const NEW: &str = "[model.new]\nhidden = 32\nlayers = 2\nheads = 2\nkv_heads = 1\nhead_dim = 16\nffn = 64\n";
 
-struct Place(tempfile::TempDir);
-
-impl Place {
-    fn new() -> Self {
-        let place = Self(tempfile::tempdir().unwrap());
-        std::fs::write(place.at("recipe.toml"), format!("{RECIPE}{NEW}")).unwrap();
-        place
-    }
-
-    fn at(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
-    }
-
-    fn launch(&self, run: &str, set: &str) -> Output {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_rft-engine"));
-        command
-            .arg("launch")
-            .arg(self.at("recipe.toml"))
-            .arg("--run-dir")
-            .arg(self.at(run))
-            .args(["--set", set]);
-        command.output().unwrap()
-    }
-
-    fn resume(&self, run: &str) -> Output {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_rft-engine"));
-        command.args(["launch", "--resume", "--run-dir"]).arg(self.at(run)).output().unwrap()
-    }
-
-    fn checkpoints(&self, run: &str) -> Vec<String> {
-        let names = std::fs::read_dir(self.at(run).join("checkpoints")).unwrap();
-        let mut names: Vec<String> =
-            names.map(|e| e.unwrap().file_name().to_string_lossy().into_owned()).collect();
-        names.retain(|name| name.starts_with("step-"));
-        names.sort();
-        names
-    }
+fn place() -> Folder {
+    Folder::new(&format!("{RECIPE}{NEW}"))
 }
 
 fn says(output: &Output, words: &[&str]) {
-    let text = String::from_utf8_lossy(&output.stderr);
+    let text = stderr(output);
     assert!(!output.status.success(), "{text}");
     for word in words {
         assert!(text.contains(word), "no `{word}` in: {text}");
     }
 }
 
-fn metrics(run: &Path) -> usize {
-    std::fs::read_to_string(run.join("metrics.jsonl")).unwrap().lines().count()
-}
-
 #[test]
 fn a_run_that_explodes_in_reinforcement_stops_with_the_sample_and_can_be_resumed() {
-    let place = Place::new();
+    let place = place();
     // 1e38 overflows forward, in the rollout of the next step; 1e30 only backward, in its update
     for (run, lr, what) in [
         ("forward", "1e38", "the model's logits are not finite at token "),
@@ -152,22 +116,22 @@ fn a_run_that_explodes_in_reinforcement_stops_with_the_sample_and_can_be_resumed
             r#"stage=[{{kind = "sft", steps = 2, batch = 4, lr = 1e-3}}, {{kind = "grpo", steps = 3, lr = {lr}}}]"#
         );
         let words = [what, "of row train-", "prompt ends \"", "step-00000003", "optimizer.lr"];
-        says(&place.launch(run, &stages), &words);
+        says(&place.launch(run, &[&stages]), &words);
         // the end of the warm-up is kept although only one checkpoint was asked for
-        assert_eq!(place.checkpoints(run), ["step-00000002", "step-00000003"]);
-        assert_eq!(metrics(&place.at(run)), 1);
-        says(&place.resume(run), &["resuming after 3 steps", what, "step-00000003"]);
+        assert_eq!(checkpoints(&place.at(run)), ["step-00000002", "step-00000003"]);
+        assert_eq!(lines(&place.at(run).join("metrics.jsonl")).len(), 1);
+        says(&resume(&place.at(run)), &["resuming after 3 steps", what, "step-00000003"]);
 
         // and from the checkpoint before, to the same step
         std::fs::remove_dir_all(place.at(run).join("checkpoints/step-00000003")).unwrap();
-        says(&place.resume(run), &["resuming after 2 steps", what]);
-        assert_eq!(metrics(&place.at(run)), 1);
+        says(&resume(&place.at(run)), &["resuming after 2 steps", what]);
+        assert_eq!(lines(&place.at(run).join("metrics.jsonl")).len(), 1);
     }
 }
 
 #[test]
 fn a_run_that_explodes_in_its_demonstrations_names_row_token_and_text() {
-    let place = Place::new();
+    let place = place();
     let stages = r#"stage=[{kind = "sft", steps = 4, batch = 4, lr = 1e38}]"#;
     let words = [
         "of completion 0 of row train-",
@@ -176,27 +140,27 @@ fn a_run_that_explodes_in_its_demonstrations_names_row_token_and_text() {
         "prompt ends \"",
         "step-00000001",
     ];
-    says(&place.launch("run", stages), &words);
-    assert_eq!(place.checkpoints("run"), ["step-00000001"]);
-    says(&place.resume("run"), &["resuming after 1 steps", "is not finite at token"]);
+    says(&place.launch("run", &[stages]), &words);
+    assert_eq!(checkpoints(&place.at("run")), ["step-00000001"]);
+    says(&resume(&place.at("run")), &["resuming after 1 steps", "is not finite at token"]);
 }
 
 #[test]
 fn a_model_with_a_nan_fails_at_its_first_step_with_the_sample() {
-    let place = Place::new();
-    assert!(place.launch("good", r#"stage=[{kind = "sft", steps = 1, batch = 2}]"#).status.success());
+    let place = place();
+    assert!(place.launch("good", &[r#"stage=[{kind = "sft", steps = 1, batch = 2}]"#]).status.success());
     let file = place.at("good/final/model.safetensors");
     let mut bytes = std::fs::read(&file).unwrap();
     let last = bytes.len() - 4;
     bytes[last..].copy_from_slice(&f32::NAN.to_le_bytes());
     std::fs::write(&file, bytes).unwrap();
     let recipe = format!("{RECIPE}[model]\npath = {:?}\n", place.at("good/final"));
-    std::fs::write(place.at("recipe.toml"), recipe).unwrap();
+    place.write("recipe.toml", &recipe);
     for (run, stages) in [
         ("sft", r#"stage=[{kind = "sft", steps = 1, batch = 2}]"#),
         ("grpo", r#"stage=[{kind = "grpo", steps = 1}]"#),
     ] {
-        says(&place.launch(run, stages), &["not finite", "of row train-", "it was the first step"]);
+        says(&place.launch(run, &[stages]), &["not finite", "of row train-", "it was the first step"]);
         assert!(!place.at(run).join("final").exists());
     }
 }

@@ -1,9 +1,11 @@
 //! Whole runs with supervised and preference stages: what they learn, write, resume to, and refuse.
 
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+#[path = "support/runs.rs"]
+mod runs;
 
-use rft_engine::report::metrics::TIMING_KEYS;
+use std::path::Path;
+
+use runs::{Folder, lines, stderr, timeless};
 use serde_json::{Map, Value, json};
 
 const MODEL: &str = r#"
@@ -76,66 +78,25 @@ steps = 3
 pairs = "demonstrations"
 "#;
 
-fn program(args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_rft-engine")).args(args).output().expect("the program starts")
+/// A recipe whose `PAIRS` are sums of two digits: the right answer against one that is off by one.
+fn folder(recipe: &str) -> Folder {
+    let folder = Folder::new("");
+    let pairs: Vec<String> = (0..40u64)
+        .map(|i| {
+            let (a, b) = (i % 10, i / 10);
+            let says = |sum: u64| format!("<think>{a}+{b}={}</think><answer>{sum}</answer>", sum % 10);
+            json!({"prompt": format!("{a}+{b}="), "chosen": says(a + b), "rejected": says(a + b + 1)})
+                .to_string()
+        })
+        .collect();
+    folder.write("pairs.jsonl", &pairs.join("\n"));
+    write_recipe(&folder, recipe);
+    folder
 }
 
-fn stderr(output: &Output) -> String {
-    String::from_utf8_lossy(&output.stderr).into_owned()
-}
-
-struct Folder(tempfile::TempDir);
-
-impl Folder {
-    /// Sums of two digits: the right answer against one that is off by one.
-    fn new(recipe: &str) -> Self {
-        let folder = Self(tempfile::tempdir().unwrap());
-        let pairs: Vec<String> = (0..40u64)
-            .map(|i| {
-                let (a, b) = (i % 10, i / 10);
-                let says = |sum: u64| format!("<think>{a}+{b}={}</think><answer>{sum}</answer>", sum % 10);
-                json!({"prompt": format!("{a}+{b}="), "chosen": says(a + b), "rejected": says(a + b + 1)})
-                    .to_string()
-            })
-            .collect();
-        std::fs::write(folder.at("pairs.jsonl"), pairs.join("\n")).unwrap();
-        folder.recipe(recipe);
-        folder
-    }
-
-    fn recipe(&self, text: &str) {
-        let pairs = self.at("pairs.jsonl").display().to_string();
-        std::fs::write(self.at("recipe.toml"), text.replace("PAIRS", &pairs)).unwrap();
-    }
-
-    fn at(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
-    }
-
-    fn launch(&self, run: &str, sets: &[&str]) -> Output {
-        let (recipe, run) = (self.at("recipe.toml"), self.at(run));
-        let mut args = vec!["launch", recipe.to_str().unwrap(), "--run-dir", run.to_str().unwrap()];
-        sets.iter().for_each(|set| args.extend(["--set", set]));
-        program(&args)
-    }
-
-    fn run(&self, run: &str, sets: &[&str]) -> PathBuf {
-        let output = self.launch(run, sets);
-        assert!(output.status.success(), "{}", stderr(&output));
-        self.at(run)
-    }
-}
-
-fn lines(path: &Path) -> Vec<Map<String, Value>> {
-    let text = std::fs::read_to_string(path).unwrap();
-    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
-}
-
-/// Lines without what depends on the machine and the moment.
-fn timeless(path: &Path) -> Vec<Map<String, Value>> {
-    let mut rows = lines(path);
-    rows.iter_mut().for_each(|row| row.retain(|key, _| !TIMING_KEYS.contains(&key.as_str())));
-    rows
+fn write_recipe(folder: &Folder, text: &str) {
+    let pairs = folder.at("pairs.jsonl").display().to_string();
+    folder.write("recipe.toml", &text.replace("PAIRS", &pairs));
 }
 
 fn assert_same(a: &Path, b: &Path) {
@@ -149,7 +110,7 @@ fn assert_same(a: &Path, b: &Path) {
 
 #[test]
 fn every_kind_of_stage_gives_equal_bytes_on_one_thread_and_two_and_after_a_cut() {
-    let folder = Folder::new(&[MODEL, TASK, STAGES].concat());
+    let folder = folder(&[MODEL, TASK, STAGES].concat());
     let one = folder.run("one", &["devices.threads=1", "train.keep_checkpoints=99"]);
     assert_same(&one, &folder.run("two", &["devices.threads=2", "train.keep_checkpoints=99"]));
 
@@ -185,28 +146,8 @@ fn every_kind_of_stage_gives_equal_bytes_on_one_thread_and_two_and_after_a_cut()
     assert!(after_spin.clone().all(|s| s["rejected_for"] == json!([-1]) || s["rejected_for"] == json!([])));
 
     // what a kill leaves within every stage in turn
-    for cut in ["step-00000020", "step-00000040", "step-00000043", "step-00000044", "step-00000048"] {
-        let run = folder.at(cut);
-        let status = Command::new("cp").arg("-r").arg(&one).arg(&run).status().unwrap();
-        assert!(status.success());
-        for entry in std::fs::read_dir(run.join("checkpoints")).unwrap() {
-            let path = entry.unwrap().path();
-            let name = path.file_name().unwrap().to_string_lossy().into_owned();
-            if name.starts_with("step-") && name.as_str() > cut {
-                std::fs::remove_dir_all(&path).unwrap();
-            }
-        }
-        // a folder of that very step, so that the cut is where the test says
-        assert!(
-            run.join("checkpoints").join(cut).exists(),
-            "{cut}: {:?}",
-            std::fs::read_dir(run.join("checkpoints"))
-                .unwrap()
-                .map(|e| e.unwrap().file_name())
-                .collect::<Vec<_>>()
-        );
-        let resumed = program(&["launch", "--run-dir", run.to_str().unwrap(), "--resume"]);
-        assert!(resumed.status.success(), "{}", stderr(&resumed));
+    for last in [20, 40, 43, 44, 48] {
+        let run = folder.resumed(&one, &format!("cut-{last}"), last);
         assert_same(&one, &run);
     }
 }
@@ -215,7 +156,7 @@ fn every_kind_of_stage_gives_equal_bytes_on_one_thread_and_two_and_after_a_cut()
 fn stored_pairs_alone_make_a_run_that_tells_them_apart() {
     let stages =
         "[data]\n[[stage]]\nkind = \"preference\"\nepochs = 8\nbatch = 8\nlr = 1e-3\npath = \"PAIRS\"\n";
-    let folder = Folder::new(&[MODEL, stages].concat());
+    let folder = folder(&[MODEL, stages].concat());
     for (name, settings, start) in [
         ("dpo", "[stage.preference]\n", Some(2f64.ln())),
         ("ipo", "[stage.preference]\nlosses = { ipo = 1.0 }\n", Some(25.0)),
@@ -235,7 +176,7 @@ fn stored_pairs_alone_make_a_run_that_tells_them_apart() {
             None,
         ),
     ] {
-        folder.recipe(&[MODEL, stages, settings].concat());
+        write_recipe(&folder, &[MODEL, stages, settings].concat());
         let rows = lines(&folder.run(name, &[]).join("metrics.jsonl"));
         assert_eq!(rows.len(), 40, "{name}");
         let at = |i: usize, key: &str| rows[i][key].as_f64().unwrap_or_else(|| panic!("{name}: {key}"));
@@ -253,9 +194,9 @@ fn stored_pairs_alone_make_a_run_that_tells_them_apart() {
 
 #[test]
 fn what_a_stage_cannot_do_is_refused_with_its_remedy() {
-    let folder = Folder::new(&[MODEL, TASK].concat());
+    let folder = folder(&[MODEL, TASK].concat());
     let refuse = |stage: &str, words: &[&str]| {
-        folder.recipe(&[MODEL, TASK, stage].concat());
+        write_recipe(&folder, &[MODEL, TASK, stage].concat());
         let output = folder.launch("refused", &[]);
         let text = stderr(&output);
         assert!(!output.status.success(), "{stage} was accepted");
@@ -307,7 +248,7 @@ fn what_a_stage_cannot_do_is_refused_with_its_remedy() {
         .next()
         .unwrap()
         .replace("heldout = 8", "heldout = 0\npath = \"PAIRS\"");
-    folder.recipe(&[MODEL, &rows, "[[stage]]\nkind = \"sft\"\n"].concat());
+    write_recipe(&folder, &[MODEL, &rows, "[[stage]]\nkind = \"sft\"\n"].concat());
     let text = stderr(&folder.launch("refused", &[]));
     assert!(text.contains("pairs.jsonl: line 2") && text.contains("demonstration"), "{text}");
 }
@@ -315,7 +256,7 @@ fn what_a_stage_cannot_do_is_refused_with_its_remedy() {
 #[test]
 fn a_group_whose_rewards_are_equal_is_counted_and_teaches_nothing() {
     let stage = "[[stage]]\nkind = \"preference\"\nsteps = 2\n[stage.preference]\npairs = \"groups\"\nmin_gap = 50.0\n";
-    let folder = Folder::new(&[MODEL, TASK, stage].concat());
+    let folder = folder(&[MODEL, TASK, stage].concat());
     let output = folder.launch("run", &[]);
     assert!(output.status.success(), "{}", stderr(&output));
     assert!(stderr(&output).contains("no group gave a pair"), "{}", stderr(&output));
@@ -326,7 +267,7 @@ fn a_group_whose_rewards_are_equal_is_counted_and_teaches_nothing() {
         );
     }
     let unknown = [MODEL, TASK, &stage.replace("min_gap = 50.0", "rank_by = \"nothing\"")].concat();
-    folder.recipe(&unknown);
+    write_recipe(&folder, &unknown);
     let text = stderr(&folder.launch("unknown", &[]));
     assert!(text.contains("no reward has a component `nothing`"), "{text}");
 }

@@ -1,13 +1,16 @@
 //! Every named algorithm through a real run: it trains, and neither threads, micro-batches nor a restart change a bit.
 
+#[path = "support/runs.rs"]
+mod runs;
+
 use std::fs;
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
 use rft_engine::config::Recipe;
 use rft_engine::loss::presets;
-use rft_engine::report::metrics::TIMING_KEYS;
 use rft_engine::train::Run;
+use runs::timeless_metrics as metrics;
 use serde_json::{Map, Value};
 
 /// Steps of imitation before the first one of reinforcement.
@@ -90,13 +93,6 @@ fn recipe(name: &str, sets: &[&str], more: &[String]) -> Recipe {
 
 fn train(recipe: Recipe, root: &Path, resume: bool) {
     Run::prepare(recipe).unwrap().train(root, resume, &AtomicBool::new(false)).unwrap();
-}
-
-fn metrics(root: &Path) -> Vec<Map<String, Value>> {
-    let text = fs::read_to_string(root.join("metrics.jsonl")).unwrap();
-    let mut rows: Vec<Map<String, Value>> = text.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
-    rows.iter_mut().for_each(|row| row.retain(|key, _| !TIMING_KEYS.contains(&key.as_str())));
-    rows
 }
 
 /// Metrics that are f64 sums over micro-batches; everything else must be the same to the bit.

@@ -1,29 +1,28 @@
 //! Whole runs of adapters over a frozen base, plain and quantised, through the program: exactly on-policy, and merged into the
 //! source's own weights.
 
-use std::path::{Path, PathBuf};
-use std::process::Command;
+#[path = "support/runs.rs"]
+mod runs;
+
+use std::path::Path;
 
 use candle_core::{Device, Tensor};
-use serde_json::Value;
+use runs::{Folder, lines, program, stderr};
 
-/// One short run that says `{sets}`; its folder.
-fn launch(place: &Path, name: &str, sets: &[&str]) -> PathBuf {
+fn folder() -> Folder {
     let base = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/models/llama_tied");
-    std::fs::write(place.join("reward.lua"), "function reward(s) return #s.completion % 7 end").unwrap();
     let rows: String = (0..6).map(|i| format!("{{\"prompt\": \"Count to {i}\"}}\n")).collect();
-    std::fs::write(place.join("rows.jsonl"), rows).unwrap();
     let recipe = format!(
         r#"
-name = "{name}"
+name = "test"
 [model]
 path = {base:?}
 [data]
-path = {rows:?}
+path = "ROWS"
 heldout = 1
 chat = false
 [[reward]]
-script = {reward:?}
+script = "REWARD"
 [rollout]
 prompts_per_step = 2
 group_size = 4
@@ -33,37 +32,24 @@ lr = 1e-2
 warmup_updates = 0
 [train]
 steps = 3
-"#,
-        rows = place.join("rows.jsonl"),
-        reward = place.join("reward.lua").display().to_string(),
+"#
     );
-    let path = place.join(format!("{name}.toml"));
-    std::fs::write(&path, recipe).unwrap();
-    let run = place.join(name);
-    let mut command = Command::new(env!("CARGO_BIN_EXE_rft-engine"));
-    command.arg("launch").arg(&path).arg("--run-dir").arg(&run);
-    for set in sets {
-        command.args(["--set", set]);
-    }
-    let out = command.output().unwrap();
-    assert!(out.status.success(), "{name}: {}", String::from_utf8_lossy(&out.stderr));
-    run
+    let folder = Folder::with_reward(&recipe, "function reward(s) return #s.completion % 7 end");
+    folder.write("rows.jsonl", &rows);
+    let recipe = std::fs::read_to_string(folder.at("recipe.toml")).unwrap();
+    folder.write("recipe.toml", &recipe.replace("ROWS", &folder.at("rows.jsonl").display().to_string()));
+    folder
 }
 
 fn export(run: &Path, out: &Path, merge: bool) {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_rft-engine"));
-    command.arg("export").arg("--run").arg(run).arg("--out").arg(out);
-    if merge {
-        command.arg("--merge-lora");
-    }
-    let out = command.output().unwrap();
-    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    let mut args = vec!["export", "--run", run.to_str().unwrap(), "--out", out.to_str().unwrap()];
+    args.extend(merge.then_some("--merge-lora"));
+    let output = program(&args);
+    assert!(output.status.success(), "{}", stderr(&output));
 }
 
 fn ratios(run: &Path) -> Vec<f64> {
-    let text = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
-    let rows = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
-    rows.filter_map(|row| row["ratio_max_dev"].as_f64()).collect()
+    lines(&run.join("metrics.jsonl")).iter().filter_map(|row| row["ratio_max_dev"].as_f64()).collect()
 }
 
 fn tensors(path: &Path) -> std::collections::HashMap<String, Tensor> {
@@ -76,7 +62,7 @@ fn rows_of(tensor: &Tensor) -> Vec<Vec<f32>> {
 
 /// Runs with each setting: the first ratio is exactly 1, the adapter moved, and the merge is `merged(W, s B A, m)`, row by row.
 fn check(lora: &str, scaling: f32, dora: bool, bases: &[&str]) {
-    let place = tempfile::tempdir().unwrap();
+    let place = folder();
     let source =
         Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/models/llama_tied/model.safetensors");
     let source = tensors(&source);
@@ -84,11 +70,11 @@ fn check(lora: &str, scaling: f32, dora: bool, bases: &[&str]) {
         let lora = format!("model.lora={lora}");
         let sets: Vec<&str> =
             [lora.as_str()].into_iter().chain((!base.is_empty()).then_some(*base)).collect();
-        let run = launch(place.path(), &format!("run{i}"), &sets);
+        let run = place.run(&format!("run{i}"), &sets);
         let ratios = ratios(&run);
         assert!(ratios.len() == 3 && ratios.iter().all(|r| *r == 0.0), "{base}: {ratios:?}");
 
-        let (adapter, merged) = (place.path().join(format!("a{i}")), place.path().join(format!("m{i}")));
+        let (adapter, merged) = (place.at(&format!("a{i}")), place.at(&format!("m{i}")));
         export(&run, &adapter, false);
         export(&run, &merged, true);
         let (adapter, merged) =

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use fake_model::{FakeModel, key, prompt, tokenizer};
 use rft_engine::EngineError;
 use rft_engine::config::{OnErrorConfig, RewardConfig};
-use rft_engine::eval::{Evaluation, pass_at_k};
+use rft_engine::eval::{Evaluation, Trial, pass_at_k};
 use rft_engine::reward::{ScoredGroup, Scorer, component_means, error_counts};
 use rft_engine::rollout::{Request, RolloutEngine, SamplingConfig};
 use rft_engine::types::{Completion, FinishReason, Group, PolicyVersion};
@@ -144,10 +144,8 @@ fn an_evaluation_counts_passes_by_subsets() {
     let evaluation = Evaluation {
         prompts: &prompts,
         samples: 4,
-        sampling: &sampling,
-        scorer: &scorer,
+        trial: Trial { sampling: &sampling, scorer: &scorer, progress: (0, 0) },
         full_reward: 1.0,
-        progress: (0, 0),
     };
     let mut model = FakeModel::new(1);
     let mut engine = RolloutEngine::new(&model, 64);
@@ -183,10 +181,8 @@ fn an_evaluation_without_any_reward_is_an_error() {
         let evaluation = Evaluation {
             prompts: &prompts,
             samples: 2,
-            sampling: &sampling,
-            scorer: &scorer,
+            trial: Trial { sampling: &sampling, scorer: &scorer, progress: (0, 0) },
             full_reward: 1.0,
-            progress: (0, 0),
         };
         let mut model = FakeModel::new(1);
         let mut engine = RolloutEngine::new(&model, 8);
