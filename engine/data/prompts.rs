@@ -101,6 +101,8 @@ impl Renderer<'_> {
         let bad = |message: String| self.bad(&id, row, message);
         let messages = match (self.template, row.get("prompt"), row.get("messages")) {
             (Some(template), ..) => Content::Text(fill(template, row).map_err(bad)?),
+            // before it is copied for the template
+            (None, Some(Value::String(prompt)), _) if prompt.len() > MAX_TEXT => return Ok(None),
             (None, Some(Value::String(prompt)), _) => Content::Text(prompt.clone()),
             (None, _, Some(Value::Array(messages))) => Content::Messages(messages.clone()),
             _ => return Err(bad("no `prompt` (string) or `messages` (list); hint: set data.prompt to a template such as \"{question}\"".into())),
