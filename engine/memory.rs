@@ -1,7 +1,8 @@
 //! The memory plan: what a run holds, from the recipe and the model's shape, before anything is allocated.
 //!
 //! Everything but activations and KV blocks is fixed by the model; those two take what the budget leaves, so
-//! the plan decides the size of the learner's micro-batches and of the rollouts' block pool.
+//! the plan decides the size of the learner's micro-batches and of the rollouts' block pool. Rollouts and learner work in turn, and
+//! each gives back what the other can use (`RolloutEngine::rest`, `Learner::rest`): a step holds what the larger of them needs.
 
 use std::fmt::{self, Write as _};
 
@@ -17,6 +18,9 @@ use crate::rollout::engine::PREFILL_ROWS;
 use crate::rollout::sampler::logits_rows;
 
 /// Micro-batches above this many rows are no faster (the kernels are at their peak) and only take memory.
+const ENOUGH_ROWS: usize = 1024;
+
+/// Micro-batches have up to this many where a group has as many: one that is cut computes its prompt more than once.
 const MAX_ROWS: usize = 4096;
 
 /// Micro-batches of fewer rows leave the kernels below their peak; then layers' activations are rather made again.
@@ -55,8 +59,10 @@ pub struct DataSize {
 pub struct MemoryPlan {
     /// Weights in f32 and, in bf16 precision, their shadow; quantised ones in their codes.
     pub weights: usize,
-    /// Gradient buffer and, in bf16, the rows that wait for their block.
+    /// Gradient buffer.
     pub gradients: usize,
+    /// Rows that wait: in bf16 for their block of a gradient, and the embedding's for the end of an update.
+    pub waiting: usize,
     /// AdamW moments.
     pub moments: usize,
     /// Copy of the weights or the adapter that reference logprobs come from.
@@ -65,11 +71,11 @@ pub struct MemoryPlan {
     pub critic: usize,
     /// KV block pool.
     pub kv: usize,
-    /// The rollout's and the learner's chunks of logits.
+    /// The learner's chunk of logits.
     pub logits: usize,
     /// Activations of one micro-batch.
     pub activations: usize,
-    /// A pass of the rollouts.
+    /// A pass of the rollouts, with its logits.
     pub rollout: usize,
     /// Everything else: the program, tokenizer, rows, Lua states.
     pub program: usize,
@@ -81,6 +87,10 @@ pub struct MemoryPlan {
     pub max_rows: usize,
     /// Layers, from the first, whose activations are made again in the backward pass.
     pub recompute: usize,
+    /// Whether the learner gives its activations back for rollouts, which need more than the gradient's memory.
+    pub activations_rest: bool,
+    /// Whether rollouts happen between gradients that are kept, so that nothing is given back.
+    pub at_once: bool,
 }
 
 impl MemoryPlan {
@@ -121,8 +131,8 @@ impl MemoryPlan {
         let mut plan = Self {
             weights: base + adapter,
             // a meta-gradient is the product of two gradients
-            gradients: (4 * trainable + waiting) * if recipe.has_meta_gradient() { 2 } else { 1 }
-                + waiting_bytes(&weights, step_rows),
+            gradients: 4 * trainable * if recipe.has_meta_gradient() { 2 } else { 1 },
+            waiting: waiting + waiting_bytes(&weights, step_rows),
             moments: Moments::planned_bytes(policy.trainable(), &recipe.optimizer),
             reference,
             critic: match recipe.algorithm.critic {
@@ -132,45 +142,57 @@ impl MemoryPlan {
                 _ => 0,
             },
             kv: 0,
-            logits: held_bytes(decoding.min(logits_rows(spec.vocab)) * spec.vocab * 4)
-                + copies * held_bytes(chunk_targets(spec.vocab).min(step_rows) * spec.vocab * 4),
+            logits: copies * held_bytes(chunk_targets(spec.vocab).min(step_rows) * spec.vocab * 4),
             activations: 0,
-            rollout: rollout_bytes(&weights, PREFILL_ROWS + decoding.min(samples)),
+            rollout: rollout_bytes(&weights, PREFILL_ROWS + decoding.min(samples))
+                + held_bytes(decoding.min(logits_rows(spec.vocab)) * spec.vocab * 4),
             program,
             budget: recipe.devices.memory_mb << 20,
             kv_blocks: 0,
             max_rows: 0,
             recompute: 0,
+            activations_rest: false,
+            at_once: recipe.has_meta_gradient(),
         };
         let bytes = |rows, recompute| training_bytes(&weights, rows, recompute);
         let most = spec.layers - 1;
-        let fewest = bytes(longest, if recipe.train.recompute == Recompute::Off { 0 } else { most })
-            + fewest_blocks * block_bytes;
-        let left = plan.budget.saturating_sub(plan.total());
-        if left < fewest {
+        let fewest = bytes(longest, if recipe.train.recompute == Recompute::Off { 0 } else { most });
+        let least = Self { activations: fewest, kv: fewest_blocks * block_bytes, ..plan.clone() };
+        if least.total() > plan.budget {
             return Err(EngineError::Memory(format!(
                 "the run needs at least {} and devices.memory_mb allows {}\n{plan}\nhint: raise devices.memory_mb, or lower \
                  rollout.max_new_tokens, data.max_prompt_tokens or the model; optimizer.state = \"int8\" takes a quarter of \
                  the moments; [model.lora] needs no gradients, moments and reference of the base",
-                mib(plan.total() + fewest),
+                mib(least.total()),
                 mib(plan.budget),
             )));
         }
-        // KV first, up to what one step can use and at most half of what is left; activations get the rest.
+        // KV first, up to what one step can use and, where the learner gives nothing back, at most half of what is left;
+        // activations get the rest.
+        let left = plan.budget - plan.common();
+        let left = match plan.at_once {
+            true => (left - plan.gradients - plan.logits - plan.rollout) / 2,
+            false => left - plan.rollout,
+        };
         let wanted = match rollout.kv_memory_mb {
-            0 => (step_blocks * block_bytes).min(left / 2),
+            0 => (step_blocks * block_bytes).min(left),
             mb => (mb << 20).min(step_blocks * block_bytes),
         };
+        let held = |blocks: usize| 2 * spec.layers * held_bytes(blocks * layer_block);
         plan.kv_blocks = (wanted / block_bytes).max(fewest_blocks);
-        plan.kv = 2 * spec.layers * held_bytes(plan.kv_blocks * layer_block);
-        let left = left.saturating_sub(plan.kv);
+        plan.kv = held(plan.kv_blocks);
+        plan.activations_rest = plan.rollouts() > plan.gradients;
+        let left = plan.budget.saturating_sub(plan.common() + plan.gradients + plan.logits);
+        let left = left.saturating_sub(if plan.at_once { plan.rollouts() } else { 0 });
+        let group = (prompt_tokens + rollout.group_size * rollout.max_new_tokens).min(MAX_ROWS);
+        let enough = ENOUGH_ROWS.max(group).min(step_rows).max(longest);
         let full_speed = FULL_SPEED_ROWS.min(step_rows).max(longest);
         plan.recompute = match recipe.train.recompute {
             Recompute::Off => 0,
             Recompute::On => most,
             Recompute::Auto => (0..most).find(|&layers| bytes(full_speed, layers) <= left).unwrap_or(most),
         };
-        let (mut fits, mut over) = (longest, MAX_ROWS.max(longest).min(step_rows.max(longest)) + 1);
+        let (mut fits, mut over) = (longest, enough + 1);
         while fits + 1 < over {
             let rows = usize::midpoint(fits, over);
             *(if bytes(rows, plan.recompute) <= left { &mut fits } else { &mut over }) = rows;
@@ -199,18 +221,25 @@ impl MemoryPlan {
         line
     }
 
-    /// Bytes in all.
+    /// Bytes in all: those that stay, and the larger of what rollouts and learner need in turn.
     pub fn total(&self) -> usize {
-        self.weights
-            + self.gradients
-            + self.moments
-            + self.reference
-            + self.critic
-            + self.kv
-            + self.logits
-            + self.activations
-            + self.rollout
-            + self.program
+        let (rollouts, learner) = (self.rollouts(), self.learner());
+        self.common() + if self.at_once { rollouts + learner } else { rollouts.max(learner) }
+    }
+
+    /// Bytes that are held at all times.
+    fn common(&self) -> usize {
+        self.weights + self.waiting + self.moments + self.reference + self.critic + self.program
+    }
+
+    /// Bytes that the learner alone needs.
+    fn learner(&self) -> usize {
+        self.gradients + self.logits + self.activations
+    }
+
+    /// Bytes that rollouts alone need.
+    fn rollouts(&self) -> usize {
+        self.kv + self.rollout
     }
 }
 
@@ -224,18 +253,20 @@ impl fmt::Display for MemoryPlan {
         if self.recompute > 0 {
             write!(activations, "; those of {} layers are made again", self.recompute)?;
         }
+        let turn = |whose: &str| if self.at_once { String::new() } else { format!("{whose} turn") };
         let rows = [
             ("weights", self.weights, String::new()),
-            ("gradients", self.gradients, String::new()),
             ("optimizer moments", self.moments, String::new()),
             ("reference", self.reference, String::new()),
             ("critic", self.critic, String::new()),
-            ("KV blocks", self.kv, format!("{} blocks of {BLOCK} positions", self.kv_blocks)),
-            ("logits", self.logits, String::new()),
+            ("waiting rows", self.waiting, String::new()),
+            ("gradients", self.gradients, turn("learner's")),
+            ("logits", self.logits, turn("learner's")),
             ("activations", self.activations, activations),
-            ("rollout pass", self.rollout, String::new()),
+            ("KV blocks", self.kv, format!("{} blocks of {BLOCK} positions", self.kv_blocks)),
+            ("rollout pass", self.rollout, turn("rollouts'")),
             ("program", self.program, "tokenizer, rows and Lua states with it".into()),
-            ("total", self.total(), format!("budget {}", mib(self.budget))),
+            ("total", self.total(), format!("the larger turn; budget {}", mib(self.budget))),
         ];
         for (name, bytes, note) in rows {
             writeln!(f, "  {name:<18} {:>10}  {note}", mib(bytes))?;

@@ -65,6 +65,26 @@ fn update(policy: &mut Policy) -> Learner {
 }
 
 #[test]
+fn an_update_leaves_the_bf16_copy_of_the_weights() {
+    for train in [vec![], vec!["*.{q,v}_proj.weight"], vec!["*down_proj*", "*.k_proj.weight"]] {
+        let mut policy = policy();
+        policy.prepare(&Pool::new(1), 64, Precision::Bf16);
+        policy.choose_trained(&choice(&train, &[], false), SEED, 0).unwrap();
+        let copy = |policy: &Policy| -> Vec<Vec<u16>> {
+            let matrices = (0..policy.base.slots().len())
+                .filter(|&id| matches!(policy.base.slots()[id].shape, Shape::Matrix { .. }));
+            matrices.map(|id| policy.base.matrix(id).bf16.unwrap().to_vec()).collect()
+        };
+        let before = copy(&policy);
+        update(&mut policy);
+        let made = copy(&policy);
+        assert!(before != made, "{train:?}");
+        policy.base.refresh(&Pool::new(1));
+        assert!(made == copy(&policy), "{train:?}");
+    }
+}
+
+#[test]
 fn what_trains_moves_as_in_a_full_run_and_what_is_frozen_keeps_its_bits() {
     let before = tensors(&policy());
     let mut full = policy();

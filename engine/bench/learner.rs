@@ -117,6 +117,7 @@ pub(super) fn run(args: &LearnerArgs, machine: &mut Machine, report: Report) -> 
 
 /// Sets the peak of memory back to what is held now, where the system can (Linux).
 fn reset_peak() {
+    rft_kernels::release_pages();
     if cfg!(target_os = "linux") {
         // where it is refused the peak is that of all cases so far
         let _ = std::fs::write("/proc/self/clear_refs", "5");

@@ -122,7 +122,7 @@ fn pass_bound(
 /// A rollout engine and prompts that are new each time.
 pub(super) struct Rollouts<'a> {
     machine: &'a Machine,
-    engine: RolloutEngine,
+    pub(super) engine: RolloutEngine,
     tokenizer: crate::data::tokenizer::Tokenizer,
     prompt: usize,
     prompts: usize,

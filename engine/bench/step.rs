@@ -38,8 +38,8 @@ pub struct StepArgs {
     /// Rank of LoRA adapters on all projections; 0 trains all weights.
     #[arg(long, default_value_t = 0)]
     pub lora: usize,
-    /// Rows of a micro-batch.
-    #[arg(long, default_value_t = 1536)]
+    /// Rows of a micro-batch, as a run plans them.
+    #[arg(long, default_value_t = 1024)]
     pub max_rows: usize,
 }
 
@@ -52,6 +52,7 @@ pub(super) fn run(args: &StepArgs, machine: &mut Machine, report: Report) -> Res
     for repeat in 0..machine.repeats + 1 {
         let start = Instant::now();
         let (stats, groups) = rollouts.run(&policy, args.new)?;
+        rollouts.engine.rest();
         let tokens: Vec<GroupTokens> = groups.iter().map(GroupTokens::from).collect();
         let rewards: Vec<Option<f64>> =
             completions(&groups).map(|c| Some(f64::from(c.tokens[0] % 2))).collect();
@@ -97,6 +98,7 @@ pub(super) fn run(args: &StepArgs, machine: &mut Machine, report: Report) -> Res
             1e-6,
             objective,
         )?;
+        learner.rest(false);
         if repeat > 0 {
             seconds.push(start.elapsed().as_secs_f64());
             rolling.push(stats.seconds);

@@ -82,6 +82,16 @@ pub fn micro_batches(groups: &[GroupTokens], max_rows: usize) -> Vec<Vec<Piece>>
     batches
 }
 
+/// Rows of one micro-batch.
+pub fn rows(groups: &[GroupTokens], pieces: &[Piece]) -> usize {
+    let of = |piece: &Piece| {
+        let group = &groups[piece.group];
+        let completions = &group.completions[piece.completions.clone()];
+        group.prompt.len() + completions.iter().map(|c| completion_rows(c)).sum::<usize>()
+    };
+    pieces.iter().map(of).sum()
+}
+
 /// Packs the pieces of one micro-batch.
 pub fn pack(groups: &[GroupTokens], pieces: &[Piece]) -> PackedBatch {
     let mut batch = PackedBatch::default();
@@ -148,6 +158,7 @@ mod tests {
             let mut seen = Vec::new();
             for pieces in micro_batches(&groups, max_rows) {
                 let rows = pack(&groups, &pieces).tokens.len();
+                assert_eq!(rows, super::rows(&groups, &pieces));
                 assert!(
                     rows <= max_rows || (pieces.len() == 1 && pieces[0].completions.len() <= 2),
                     "{rows}"

@@ -3,7 +3,7 @@
 use rft_kernels::{Pool, Warp, sum_of_squares};
 
 use super::batch::{GroupTokens, Piece, micro_batches, pack};
-use super::step::{Learner, ScoreGrads};
+use super::step::{Learner, ScoreGrads, all_rows, largest};
 use crate::error::{EngineError, Result};
 use crate::model::backprop::{PackedBatch, Scores};
 use crate::model::policy::{Policy, Weights};
@@ -21,9 +21,11 @@ impl Learner {
         warp: &Warp,
         mut objective: impl FnMut(&[Piece], &Scores) -> Result<ScoreGrads>,
     ) -> Result<Vec<f32>> {
-        self.grads.clear();
+        self.grads.begin(pool, policy);
         let weights = policy.weights();
-        for pieces in micro_batches(groups, self.max_rows) {
+        let batches = micro_batches(groups, self.max_rows);
+        self.trainer.reserve_training(&weights, largest(groups, &batches), all_rows(groups, &batches));
+        for pieces in batches {
             self.add_gradient(pool, &weights, groups, &pieces, warp, &mut objective)?;
         }
         self.trainer.finish(pool, &weights, &mut self.grads);
@@ -65,7 +67,7 @@ impl Learner {
         for (group, completions) in groups.iter().map(|g| g.completions.len()).enumerate() {
             for completion in 0..completions {
                 let pieces = [Piece { group, completions: completion..completion + 1 }];
-                self.grads.clear();
+                self.grads.clear(pool);
                 self.add_gradient(pool, weights, groups, &pieces, warp, &mut objective)?;
                 self.trainer.finish(pool, weights, &mut self.grads);
                 let sums = [&self.grads.base, &self.grads.adapter].map(|g| sum_of_squares(pool, g));

@@ -1,12 +1,12 @@
 //! The optimizer over the trainable slots of a policy, with state that can be saved and a norm in a fixed order.
 
-use rft_kernels::{AdamwStep, MOMENT_BLOCK, MomentCodes, Pool, adamw, adamw8, sgd, sum_of_squares};
+use rft_kernels::{AdamwStep, MOMENT_BLOCK, MomentCodes, Pool, adamw, adamw_bf16, adamw8, sgd};
 use serde::{Deserialize, Serialize};
 
 use crate::config::OptimizerConfig;
 use crate::error::Result;
 use crate::learner::checkpoint::{Buffers, Values};
-use crate::model::params::Arena;
+use crate::model::params::{Arena, TrainedMut};
 
 /// How a gradient becomes an update.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -121,17 +121,17 @@ pub struct AdamW {
 }
 
 impl AdamW {
-    /// One update of `arena` from `grads`, scaled down to `config.max_grad_norm` where that is positive.
-    /// Matrices decay, vectors (norms, biases) do not. Returns the gradient's norm before scaling.
+    /// One update of `arena` from `grads` of length `norm`, scaled down to `config.max_grad_norm` where that is positive.
+    /// Matrices decay, vectors (norms, biases) do not.
     pub fn step(
         &mut self,
         pool: &Pool,
         arena: &mut Arena,
         grads: &[f32],
+        norm: f64,
         config: &OptimizerConfig,
         lr: f64,
-    ) -> f64 {
-        let norm = sum_of_squares(pool, grads).sqrt();
+    ) {
         // 1e-6 as in torch.nn.utils.clip_grad_norm_
         let clip =
             if config.max_grad_norm > 0.0 { (config.max_grad_norm / (norm + 1e-6)).min(1.0) } else { 1.0 };
@@ -141,7 +141,9 @@ impl AdamW {
         }
         let mut scales_from = 0;
         let frozen = arena.frozen_beside_trained();
-        for (weights, range, decays) in arena.trainable_mut() {
+        // whether the pass over the weights makes their shadow too
+        let shadowed = config.kind == OptimizerKind::AdamW && config.state == MomentKind::F32;
+        for TrainedMut { weights, shadow, grad: range, decays } in arena.trainable_mut() {
             if config.kind == OptimizerKind::Sgd {
                 let decay = if decays { config.weight_decay as f32 } else { 0.0 };
                 sgd(pool, weights, &grads[range], lr as f32, decay, clip as f32);
@@ -159,7 +161,11 @@ impl AdamW {
             let grads = &grads[range.clone()];
             match &mut self.moments {
                 Moments::F32 { m, v } => {
-                    adamw(pool, weights, grads, &mut m[range.clone()], &mut v[range], &step);
+                    let (m, v) = (&mut m[range.clone()], &mut v[range]);
+                    match shadow {
+                        Some(shadow) => adamw_bf16(pool, weights, grads, m, v, shadow, &step),
+                        None => adamw(pool, weights, grads, m, v, &step),
+                    }
                 }
                 Moments::Int8 { m, v, scales } => {
                     let scales = &mut scales[scales_from..][..2 * range.len().div_ceil(MOMENT_BLOCK)];
@@ -171,7 +177,6 @@ impl AdamW {
             }
         }
         arena.put_back(&frozen);
-        arena.refresh(pool);
-        norm
+        arena.refresh_trained(pool, shadowed);
     }
 }

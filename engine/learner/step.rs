@@ -4,11 +4,11 @@
 //! the loss gradient of each logprob and entropy. Objectives get normalisers of the whole batch, so how a batch
 //! is cut into micro-batches changes nothing (the gradient buffer adds rows in one fixed order).
 
-use rft_kernels::{Pool, Warp};
+use rft_kernels::{Pool, Warp, sum_of_squares};
 
 use crate::config::OptimizerConfig;
 use crate::error::{EngineError, Result};
-use crate::learner::batch::{GroupTokens, Piece, micro_batches, pack};
+use crate::learner::batch::{GroupTokens, Piece, micro_batches, pack, rows};
 use crate::learner::critic::Critic;
 use crate::learner::gradient::check_finite;
 use crate::learner::optimizer::AdamW;
@@ -23,6 +23,16 @@ pub struct ScoreGrads {
     pub logprobs: Vec<f32>,
     /// d loss / d entropy.
     pub entropies: Vec<f32>,
+}
+
+/// Rows of the largest micro-batch.
+pub(super) fn largest(groups: &[GroupTokens], batches: &[Vec<Piece>]) -> usize {
+    batches.iter().map(|pieces| rows(groups, pieces)).max().unwrap_or(0)
+}
+
+/// Rows of all micro-batches.
+pub(super) fn all_rows(groups: &[GroupTokens], batches: &[Vec<Piece>]) -> usize {
+    batches.iter().map(|pieces| rows(groups, pieces)).sum()
 }
 
 /// What an update did.
@@ -67,24 +77,28 @@ impl Learner {
         self
     }
 
-    /// Forgets the optimizer's moments and takes over what trains now, for a new stage.
-    pub fn begin_stage(&mut self, policy: &Policy) {
+    /// Forgets the optimizer's moments and what trained, for a new stage.
+    pub fn begin_stage(&mut self) {
         self.adam = AdamW::default();
-        let grads = if policy.adapter.is_some() { &self.grads.adapter } else { &self.grads.base };
-        if grads.len() != policy.trainable().trainable_len() {
-            // the old buffer goes before the new one comes
-            self.grads = Grads::default();
-            self.grads = policy.new_grads();
-        }
         // other weights may train in the same places
-        self.grads.base_waiting.clear();
-        self.grads.adapter_waiting.clear();
+        self.grads = Grads::default();
+    }
+
+    /// Gives back the gradient, for rollouts to take its memory; with `all`, the activations too. Both are made anew when they
+    /// are needed.
+    pub fn rest(&mut self, all: bool) {
+        (self.grads.base, self.grads.adapter) = Default::default();
+        if all {
+            self.trainer.rest();
+        }
     }
 
     /// Logprobs and entropies of every completion token under `weights`, without gradients; in target order.
     pub fn score(&mut self, pool: &Pool, weights: &Weights, groups: &[GroupTokens], warp: &Warp) -> Scores {
         let mut all = Scores::default();
-        for pieces in micro_batches(groups, self.max_rows) {
+        let batches = micro_batches(groups, self.max_rows);
+        self.trainer.reserve_scoring(weights, largest(groups, &batches));
+        for pieces in batches {
             let scores = self.trainer.score(pool, weights, &pack(groups, &pieces), warp);
             all.logprobs.extend(scores.logprobs);
             all.entropies.extend(scores.entropies);
@@ -164,7 +178,7 @@ impl Learner {
         mut critic: Option<CriticStep>,
         mut objective: impl FnMut(&[Piece], &Scores, &[f32]) -> Result<(ScoreGrads, Vec<f32>)>,
     ) -> Result<UpdateStats> {
-        self.grads.clear();
+        self.grads.begin(pool, policy);
         if let Some(c) = &mut critic {
             c.critic.grad.fill(0.0);
         }
@@ -172,7 +186,9 @@ impl Learner {
         let mut stats = UpdateStats::default();
         let weights = policy.weights();
         let unused = Warp { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0 };
-        for pieces in micro_batches(groups, self.max_rows) {
+        let batches = micro_batches(groups, self.max_rows);
+        self.trainer.reserve_training(&weights, largest(groups, &batches), all_rows(groups, &batches));
+        for pieces in batches {
             let batch = PackedBatch { update: Some(self.adam.updates), ..pack(groups, &pieces) };
             stats.rows += batch.tokens.len();
             let scores = match warp {
@@ -208,7 +224,8 @@ impl Learner {
         self.trainer.finish(pool, &weights, &mut self.grads);
         let own = if policy.adapter.is_some() { &self.grads.adapter } else { &self.grads.base };
         let head_grad = critic.as_ref().map_or(&[][..], |c| &c.critic.grad);
-        if ![&own[..], head_grad].iter().all(|g| rft_kernels::sum_of_squares(pool, g).is_finite()) {
+        let [squares, head_squares] = [&own[..], head_grad].map(|g| sum_of_squares(pool, g));
+        if !squares.is_finite() || !head_squares.is_finite() {
             return Err(match (warp, &critic) {
                 (Some(warp), None) => {
                     let alone = |pieces: &[Piece], scores: &Scores| Ok(objective(pieces, scores, &[])?.0);
@@ -226,7 +243,8 @@ impl Learner {
         }
         if trains_trunk {
             let grads = if policy.adapter.is_some() { &self.grads.adapter } else { &self.grads.base };
-            stats.grad_norm = self.adam.step(pool, policy.trainable_mut(), grads, optimizer, lr);
+            stats.grad_norm = squares.sqrt();
+            self.adam.step(pool, policy.trainable_mut(), grads, stats.grad_norm, optimizer, lr);
             policy.version.0 += 1;
             policy.measure_adapter(pool);
         }

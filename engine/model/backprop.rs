@@ -98,6 +98,67 @@ pub(crate) fn chunk_targets(vocab: usize) -> usize {
 }
 
 impl Trainer {
+    /// Makes room for batches of up to `rows` rows with the activations of `kept` layers: buffers that grow from batch to batch would
+    /// come to hold up to twice as much.
+    fn reserve(&mut self, w: &Weights, rows: usize, kept: usize) {
+        let s = w.spec;
+        let (hidden, attn) = (rows * s.hidden, rows * s.heads * s.head_dim);
+        let qkv = attn + 2 * rows * s.kv_heads * s.head_dim;
+        let experts = s.moe.as_ref().map_or(0, |moe| moe.per_token * 2 * moe.ffn);
+        self.acts.resize_with(self.acts.len().max(kept), LayerActs::default);
+        for (acts, layer) in self.acts[..kept].iter_mut().rev().zip(s.layer_specs.iter().rev()) {
+            let gate_up = if layer.experts { experts } else { 2 * s.ffn };
+            make_room(&mut acts.h_in, hidden);
+            make_room(&mut acts.qkv, qkv);
+            make_room(&mut acts.attn, attn);
+            make_room(&mut acts.h_mid, hidden);
+            make_room(&mut acts.gate_up, rows * gate_up);
+            if s.sandwich_norms {
+                make_room(&mut acts.o, hidden);
+                make_room(&mut acts.down, hidden);
+            }
+        }
+        self.inputs.iter_mut().for_each(|h| make_room(h, hidden));
+        let scratch = [&mut self.scratch.x, &mut self.scratch.delta, &mut self.h, &mut self.final_normed];
+        scratch.into_iter().for_each(|x| make_room(x, hidden));
+        make_room(&mut self.scratch.qkv, qkv);
+        make_room(&mut self.logits, chunk_targets(s.vocab).min(rows) * s.vocab);
+        let dense = if s.layer_specs.iter().any(|layer| !layer.experts) { rows * s.ffn } else { 0 };
+        make_room(&mut self.scratch.act, dense);
+    }
+
+    /// As [`Trainer::forward`] and [`Trainer::backward`] will need it, for batches of up to `rows` rows, `all` together.
+    pub fn reserve_training(&mut self, w: &Weights, rows: usize, all: usize) {
+        let s = w.spec;
+        let again = self.recomputed(w);
+        self.inputs.resize_with(again, Vec::new);
+        self.reserve(w, rows, s.layers - again);
+        let b = &mut self.back;
+        let attn = rows * s.heads * s.head_dim;
+        for x in [&mut self.d_normed, &mut b.dh, &mut b.dx] {
+            make_room(x, rows * s.hidden);
+        }
+        make_room(&mut b.d_attn, attn);
+        make_room(&mut b.d_qkv, attn + 2 * rows * s.kv_heads * s.head_dim);
+        if s.layer_specs.iter().any(|layer| !layer.experts) {
+            make_room(&mut b.d_act, rows * s.ffn);
+            make_room(&mut b.d_gate_up, 2 * rows * s.ffn);
+        }
+        if w.base.grad_range(w.slots.embed).is_some() {
+            make_room(&mut self.embed_rows, all * s.hidden);
+        }
+    }
+
+    /// As [`Trainer::score`] will need it.
+    pub fn reserve_scoring(&mut self, w: &Weights, rows: usize) {
+        self.reserve(w, rows, 1);
+    }
+
+    /// Gives all buffers back.
+    pub fn rest(&mut self) {
+        *self = Self { recompute: self.recompute, ..Self::default() };
+    }
+
     /// Logprobs and entropies of the batch's targets; activations are kept for [`Trainer::backward`].
     pub fn forward(&mut self, pool: &Pool, w: &Weights, batch: &PackedBatch, warp: &Warp) -> Scores {
         let again = self.recomputed(w);
@@ -313,6 +374,15 @@ impl Trainer {
         self.back.dh.clear();
         self.back.dh.resize(self.h.len(), 0.0);
         norm_backward(pool, w, w.slots.final_norm, &self.h, &self.d_normed, &mut self.back.dh, grads);
+    }
+}
+
+/// Capacity for `len` numbers; what the buffer holds is lost where it is too small.
+fn make_room(x: &mut Vec<f32>, len: usize) {
+    if x.capacity() < len {
+        // the old buffer goes before the new one comes
+        *x = Vec::new();
+        x.reserve_exact(len);
     }
 }
 

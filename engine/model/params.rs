@@ -111,6 +111,16 @@ impl Slot {
         }
     }
 
+    /// Where the shadow of a run lies, if it is laid out as its numbers are and no frozen row is among them.
+    fn shadow(&self, run: &Trained) -> Option<Range<usize>> {
+        let Shape::Matrix { k, .. } = self.shape else { return None };
+        let rows: usize = run.rows.iter().map(Range::len).sum();
+        (k.is_multiple_of(2) && rows == run.span.len()).then(|| {
+            let from = self.bf16_start + run.span.start * k;
+            from..from + panels_len(run.span.len(), k)
+        })
+    }
+
     fn outputs(&self) -> usize {
         match self.shape {
             Shape::Matrix { n, .. } | Shape::Vector(n) => n,
@@ -160,6 +170,19 @@ impl Slot {
         }
         runs
     }
+}
+
+/// A run of trained rows, for an update.
+#[derive(Debug)]
+pub struct TrainedMut<'a> {
+    /// Its weights, in whole panels.
+    pub weights: &'a mut [f32],
+    /// Their bf16 shadow, where it is laid out alike.
+    pub shadow: Option<&'a mut [u16]>,
+    /// Where its gradient and moments lie.
+    pub grad: Range<usize>,
+    /// Matrices decay, vectors do not.
+    pub decays: bool,
 }
 
 /// An ordered set of slots over one buffer.
@@ -277,10 +300,19 @@ impl Arena {
 
     /// Remakes the bf16 shadow; call after every change of the weights.
     pub fn refresh(&mut self, pool: &Pool) {
+        self.refresh_where(pool, |_| true);
+    }
+
+    /// Remakes the bf16 shadow of what trains, but for those that [`Arena::trainable_mut`] gave where the update made them.
+    pub fn refresh_trained(&mut self, pool: &Pool, made: bool) {
+        self.refresh_where(pool, |slot| slot.trained.iter().any(|run| !made || slot.shadow(run).is_none()));
+    }
+
+    fn refresh_where(&mut self, pool: &Pool, which: impl Fn(&Slot) -> bool) {
         if self.bf16.is_empty() {
             return;
         }
-        for slot in self.slots.iter().filter(|slot| slot.quantized.is_none()) {
+        for slot in self.slots.iter().filter(|slot| slot.quantized.is_none() && which(slot)) {
             if let Shape::Matrix { n, k } = slot.shape {
                 let out = &mut self.bf16[slot.bf16_start..slot.bf16_start + bf16_panels_len(n, k)];
                 to_bf16_panels(pool, &self.data[slot.start..slot.start + slot.shape.stored_len()], n, k, out);
@@ -517,16 +549,24 @@ impl Arena {
         }
     }
 
-    /// The trained runs of rows as (weights, gradient range, decays): matrices decay, vectors do not.
-    pub fn trainable_mut(&mut self) -> impl Iterator<Item = (&mut [f32], Range<usize>, bool)> {
-        let mut rest: &mut [f32] = &mut self.data;
-        let mut at = 0;
+    /// The trained runs of rows, in order.
+    pub fn trainable_mut(&mut self) -> impl Iterator<Item = TrainedMut<'_>> {
+        let (mut rest, mut shadows): (&mut [f32], &mut [u16]) = (&mut self.data, &mut self.bf16);
+        let (mut at, mut shadow_at) = (0, 0);
+        let bf16 = !shadows.is_empty();
         let runs = self.slots.iter().flat_map(|slot| slot.trained.iter().map(move |run| (slot, run)));
         runs.map(move |(slot, run)| {
             let stored = slot.stored(&run.span);
-            let (here, tail) = std::mem::take(&mut rest)[stored.start - at..].split_at_mut(stored.len());
+            let (weights, tail) = std::mem::take(&mut rest)[stored.start - at..].split_at_mut(stored.len());
             (rest, at) = (tail, stored.end);
-            (here, run.grad.clone(), matches!(slot.shape, Shape::Matrix { .. }))
+            let shadow = slot.shadow(run).filter(|_| bf16).map(|place| {
+                let (shadow, tail) =
+                    std::mem::take(&mut shadows)[place.start - shadow_at..].split_at_mut(place.len());
+                (shadows, shadow_at) = (tail, place.end);
+                shadow
+            });
+            let decays = matches!(slot.shape, Shape::Matrix { .. });
+            TrainedMut { weights, shadow, grad: run.grad.clone(), decays }
         })
     }
 }

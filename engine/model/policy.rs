@@ -6,7 +6,9 @@
 
 use std::borrow::Cow;
 
-use rft_kernels::{Act, AttnShape, Code, Pool, Rope, Waiting, Write, add_bias, linear, linear_dx};
+use rft_kernels::{
+    Act, AttnShape, Code, Pool, Rope, Waiting, Write, add_bias, clear, linear, linear_dx, zeros,
+};
 
 use crate::config::{LoraConfig, ModelConfig, NewModelConfig, Precision, Quantize};
 use crate::error::Result;
@@ -514,10 +516,29 @@ impl Policy {
 }
 
 impl Grads {
+    /// Zeros for what trains in `policy`, in the same buffers where they fit.
+    pub fn begin(&mut self, pool: &Pool, policy: &Policy) {
+        let adapter = policy.adapter.as_ref().map_or(0, |a| a.arena.trainable_len());
+        for (grads, len) in [(&mut self.base, policy.base.trainable_len()), (&mut self.adapter, adapter)] {
+            if grads.len() == len {
+                clear(pool, grads);
+            } else {
+                // the old buffer goes before the new one comes
+                *grads = Vec::new();
+                *grads = zeros(pool, len);
+            }
+        }
+        self.clear_waiting();
+    }
+
     /// Back to zero.
-    pub fn clear(&mut self) {
-        self.base.fill(0.0);
-        self.adapter.fill(0.0);
+    pub fn clear(&mut self, pool: &Pool) {
+        clear(pool, &mut self.base);
+        clear(pool, &mut self.adapter);
+        self.clear_waiting();
+    }
+
+    fn clear_waiting(&mut self) {
         self.base_waiting.values_mut().chain(self.adapter_waiting.values_mut()).for_each(Waiting::clear);
     }
 }

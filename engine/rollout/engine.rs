@@ -53,7 +53,8 @@ pub struct RolloutStats {
 #[derive(Debug)]
 pub struct RolloutEngine {
     blocks: BlockPool,
-    cache: KvCache,
+    /// Made for the first rollout after a rest.
+    cache: Option<KvCache>,
     plan: Plan,
     logits: Vec<f32>,
     keys: Vec<DrawKey>,
@@ -67,7 +68,7 @@ impl RolloutEngine {
     pub fn new(model: &dyn PagedModel, blocks: usize) -> Self {
         Self {
             blocks: BlockPool::new(blocks),
-            cache: model.new_cache(blocks),
+            cache: Some(model.new_cache(blocks)),
             plan: Plan::default(),
             logits: Vec::new(),
             keys: Vec::new(),
@@ -81,6 +82,15 @@ impl RolloutEngine {
     pub fn with_prefill_rows(mut self, rows: usize) -> Self {
         self.prefill_rows = rows.max(1);
         self
+    }
+
+    /// Gives the cache and the buffers of passes back, for the learner to take their memory, and forgets what was cached: an update
+    /// makes it worthless.
+    pub fn rest(&mut self) {
+        if self.cache.take().is_some() {
+            self.blocks = BlockPool::new(self.blocks.capacity());
+        }
+        self.logits = Vec::new();
     }
 
     /// KV blocks that nobody holds; all of them between rollouts.
@@ -114,6 +124,7 @@ impl RolloutEngine {
         for request in requests {
             check_request(request, sampling, model.max_positions())?;
         }
+        let cache = self.cache.get_or_insert_with(|| model.new_cache(self.blocks.capacity()));
         self.blocks.reset_peak();
         let mut stats = RolloutStats::default();
         let groups = group_states(requests, &key, tokenizer);
@@ -122,7 +133,7 @@ impl RolloutEngine {
         let chunk = logits_rows(model.vocab());
         while !scheduler.is_done() {
             scheduler.plan(&mut self.plan);
-            forward(model, pool, &mut self.cache, &self.plan, &scheduler, &mut self.runs);
+            forward(model, pool, cache, &self.plan, &scheduler, &mut self.runs);
             scheduler.computed(&self.plan);
             stats.passes += 1;
             let drawers = &self.plan.drawers;

@@ -125,6 +125,7 @@ impl Run {
         let mut rows = 0;
         let mut lr = 0.0;
         let mut fresh_ratio_dev = 0.0f64;
+        engine.rest();
         let epochs = self.recipe.train.inner_epochs;
         for epoch in 0..epochs {
             lr = self.learning_rate(stage, self.state.step_in_stage * epochs + epoch, total * epochs);
@@ -194,6 +195,7 @@ impl Run {
                 imitated = likelihood;
             }
         }
+        learner.rest(self.plan.activations_rest);
         if reference.is_some() {
             self.advance_reference();
         }

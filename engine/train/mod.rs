@@ -240,7 +240,7 @@ impl Run {
         while let Some(stage) = stages.get(self.state.stage) {
             if self.state.step_in_stage == 0 {
                 self.policy.choose_trained(&self.recipe.model, self.recipe.seed, self.state.stage)?;
-                learner.begin_stage(&self.policy);
+                learner.begin_stage();
                 self.enter(stage);
                 self.state.data.begin_stage();
                 self.begin_reference(&checkpoints)?;
@@ -289,6 +289,7 @@ impl Run {
                 }
             }
             progress.finish();
+            learner.rest(true);
             self.end_stage(&mut engine)?;
             self.state.stage += 1;
             self.state.step_in_stage = 0;

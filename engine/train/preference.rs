@@ -49,6 +49,7 @@ impl Run {
             true => Some(self.rank(stage, &settings, engine, step, total)?),
             false => None,
         };
+        engine.rest();
         let start = Instant::now();
         let mut comparisons = match &ranked {
             Some(ranked) => of_groups(ranked, &settings),
@@ -91,6 +92,11 @@ impl Run {
         }
         let mut metrics = PreferenceMetrics { step, lr, ..measure(&comparisons, &first) };
         drop(comparisons);
+        let evaluates =
+            self.recipe.eval.every > 0 && step.is_multiple_of(self.recipe.eval.every) && self.measures();
+        if ranked.is_some() || evaluates {
+            learner.rest(self.plan.activations_rest);
+        }
         if metrics.compared > 0 {
             self.advance_reference();
         }
@@ -107,8 +113,7 @@ impl Run {
             self.state.rollout_tokens += ranked.drawn.stats.decoded_tokens as u64;
             self.state.rollout_seconds += ranked.drawn.stats.seconds;
         }
-        let every = self.recipe.eval.every;
-        if every > 0 && step.is_multiple_of(every) && self.measures() {
+        if evaluates {
             metrics.eval_reward = Some(self.evaluate(engine)?.0.reward);
         }
         metrics.learner_s = learner_s;

@@ -105,7 +105,7 @@ impl Run {
         // between stages the moments are those of the stage before
         let stage = if state.step_in_stage == 0 { state.stage.saturating_sub(1) } else { state.stage };
         self.policy.choose_trained(&self.recipe.model, self.recipe.seed, stage)?;
-        learner.begin_stage(&self.policy);
+        learner.begin_stage();
         let kept = total(&self.kept(self.policy.trainable()));
         put_back(&self.recipe, self.policy.trainable_mut(), &buffers.take("weights", kept)?);
         self.policy.trainable_mut().refresh(&self.pool);

@@ -1,11 +1,16 @@
-//! The AdamW and the plain update, and the sum of squares for the gradient norm.
+//! The AdamW and the plain update, with the weights' bf16 shadow in the same pass, and the sum of squares for the gradient norm.
 
+use crate::gemm::pair_rows;
+use crate::panel::PANEL;
 use crate::pool::Pool;
 use crate::shared::Shared;
 use crate::simd::{LANES, simd_fn};
 
 /// Elements of one work item; sums of squares are made per chunk, so this also fixes their order.
 const CHUNK: usize = 16 * 1024;
+
+/// Elements whose weights are rounded to bf16 while they are in L1: whole pairs of inputs of a panel.
+const PART: usize = 32 * PANEL;
 
 /// One AdamW step (Loshchilov & Hutter 2019, algorithm 2, as in `torch.optim.AdamW`).
 #[derive(Clone, Copy, Debug)]
@@ -37,6 +42,33 @@ pub fn adamw(pool: &Pool, w: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32]
         // SAFETY: each chunk belongs to one item.
         let (w, m, v) = unsafe { (w.part(from, len), m.part(from, len), v.part(from, len)) };
         adamw_chunk(w, &g[from..from + len], m, v, p);
+    });
+}
+
+/// As [`adamw`] for w in panels of a matrix with an even number of inputs, and `shadow`, the same in bf16 panels.
+pub fn adamw_bf16(
+    pool: &Pool,
+    w: &mut [f32],
+    g: &[f32],
+    m: &mut [f32],
+    v: &mut [f32],
+    shadow: &mut [u16],
+    p: &AdamwStep,
+) {
+    let n = w.len();
+    assert!(g.len() == n && m.len() == n && v.len() == n && shadow.len() == n, "w, g, m, v have one length");
+    assert!(n.is_multiple_of(2 * PANEL), "panels of pairs of inputs");
+    let (w, m, v) = (Shared::new(w), Shared::new(m), Shared::new(v));
+    let shadow = Shared::new(shadow);
+    pool.run(n.div_ceil(CHUNK), |item| {
+        for from in (item * CHUNK..n.min((item + 1) * CHUNK)).step_by(PART) {
+            let len = PART.min(n - from);
+            // SAFETY: each chunk belongs to one item.
+            let (w, m, v) = unsafe { (w.part(from, len), m.part(from, len), v.part(from, len)) };
+            adamw_chunk(w, &g[from..from + len], m, v, p);
+            // SAFETY: as above.
+            pair_rows(w, PANEL, len / PANEL, unsafe { shadow.part(from, len) });
+        }
     });
 }
 

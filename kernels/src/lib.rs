@@ -28,9 +28,10 @@ mod roofline;
 mod rope;
 mod shared;
 mod simd;
+mod zeros;
 
 pub use activation::{Act, glu, glu_backward};
-pub use adamw::{AdamwStep, adamw, sgd, sum_of_squares};
+pub use adamw::{AdamwStep, adamw, adamw_bf16, sgd, sum_of_squares};
 pub use adamw8::{MOMENT_BLOCK, MomentCodes, adamw8, decode_moments};
 pub use attention::{
     AttnShape, PagedRun, Segment, Span, paged_attention, segment_attention, segment_attention_backward,
@@ -52,3 +53,4 @@ pub use pool::Pool;
 pub use quantized::{Code, NF4, QUANT_BLOCK, Quantized};
 pub use roofline::{Roofline, roofline};
 pub use rope::{QkNorm, Rope, qk_rope, qk_rope_backward};
+pub use zeros::{clear, zeros};

@@ -14,7 +14,7 @@ use std::alloc::{GlobalAlloc, Layout, System};
 const HUGE: usize = 2 << 20;
 
 /// Blocks from this size on are mapped by themselves.
-const LARGE: usize = HUGE / 2;
+const LARGE: usize = HUGE / 4;
 
 /// The allocator; a program names it with `#[global_allocator]`.
 #[derive(Clone, Copy, Debug, Default)]
@@ -54,7 +54,7 @@ unsafe impl GlobalAlloc for HugePages {
             // SAFETY: the caller's promise; the block is the system's and stays so.
             return unsafe { System.realloc(start, layout, size) };
         }
-        if is_large(layout) && is_large(new) && system::mapped(layout.size()) == system::mapped(size) {
+        if is_large(layout) && is_large(new) && system::are_alike(layout.size(), size) {
             return start;
         }
         if is_large(layout) && is_large(new) && system::recycles() {
@@ -84,7 +84,7 @@ pub fn release_pages() {
 
 /// Bytes of memory that a block of `size` bytes holds once all of it was written to.
 pub fn held_bytes(size: usize) -> usize {
-    if cfg!(target_os = "linux") && size >= LARGE { size.max((size + HUGE / 2) / HUGE * HUGE) } else { size }
+    if cfg!(target_os = "linux") && size >= LARGE { size.max((size + HUGE / 4) / HUGE * HUGE) } else { size }
 }
 
 #[cfg(target_os = "linux")]
@@ -171,14 +171,19 @@ mod system {
         MAPPED.load(Ordering::Relaxed) <= MOST_MOVED
     }
 
+    /// Whether blocks of either size are the same to the system: a block's size says which of its pages wait when it is freed.
+    pub(super) fn are_alike(size: usize, other: usize) -> bool {
+        (mapped(size), advised(size)) == (mapped(other), advised(other))
+    }
+
     /// Bytes that are mapped for a block.
-    pub(super) fn mapped(size: usize) -> usize {
+    fn mapped(size: usize) -> usize {
         size.next_multiple_of(HUGE)
     }
 
-    /// Bytes of a block that huge pages are asked for: at most half of one is held in vain.
+    /// Bytes of a block that huge pages are asked for: at most a quarter of one is held in vain.
     fn advised(size: usize) -> usize {
-        (size + HUGE / 2) / HUGE * HUGE
+        (size + HUGE / 4) / HUGE * HUGE
     }
 
     /// Memory that starts at a huge page, of waiting pages first; null where there is none.
@@ -328,8 +333,8 @@ mod system {
 
     pub(super) fn release() {}
 
-    pub(super) fn mapped(size: usize) -> usize {
-        size
+    pub(super) fn are_alike(size: usize, other: usize) -> bool {
+        size == other
     }
 
     pub(super) fn map(_: usize, _: bool) -> *mut u8 {
@@ -354,7 +359,7 @@ mod tests {
     #[test]
     fn blocks_keep_their_bytes_through_every_change_of_size() {
         let _alone = ALONE.lock();
-        let sizes = [100, LARGE - 1, LARGE, LARGE + 1, 3 * HUGE + 5, 4 * HUGE, LARGE, 10];
+        let sizes = [100, LARGE - 1, LARGE, HUGE - 9, LARGE + 1, 3 * HUGE + 5, 4 * HUGE, LARGE, 10];
         let mut layout = Layout::from_size_align(1000, 64).expect("a layout");
         // SAFETY: each block is used within its size and freed with its layout.
         unsafe {

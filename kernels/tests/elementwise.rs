@@ -194,6 +194,30 @@ fn adamw_follows_the_formula_for_several_steps_whatever_the_threads() {
     }
 }
 
+#[test]
+fn adamw_makes_the_same_bf16_panels_on_its_way() {
+    for (n, k) in [(1, 2), (70, 576), (33, 1538)] {
+        let len = panels_len(n, k);
+        let (g, start) = (numbers(len, 5), numbers(len, 1));
+        let pool = Pool::new(1);
+        let (mut w, mut m, mut v) = (start.clone(), vec![0.1; len], vec![0.2; len]);
+        adamw(&pool, &mut w, &g, &mut m, &mut v, &step_options(3));
+        let mut shadow = vec![0; bf16_panels_len(n, k)];
+        to_bf16_panels(&pool, &w, n, k, &mut shadow);
+        for threads in [1, 3] {
+            for (isa, (got, got_shadow)) in on_every_isa(|_| {
+                let (mut w, mut m, mut v) = (start.clone(), vec![0.1; len], vec![0.2; len]);
+                let mut shadow = vec![0xffff; len];
+                adamw_bf16(&Pool::new(threads), &mut w, &g, &mut m, &mut v, &mut shadow, &step_options(3));
+                ([w, m, v], shadow)
+            }) {
+                assert_eq!([&w, &m, &v].map(|x| bits(x)), got.each_ref().map(|x| bits(x)), "{isa:?}");
+                assert!(shadow == got_shadow, "{isa:?}: another shadow of [{n}, {k}]");
+            }
+        }
+    }
+}
+
 fn step_options(step: u64) -> AdamwStep {
     AdamwStep { lr: 1e-2, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, step, grad_scale: 0.5 }
 }

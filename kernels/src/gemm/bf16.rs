@@ -149,7 +149,7 @@ pub fn to_bf16_panels(pool: &Pool, panels: &[f32], n: usize, k: usize, out: &mut
 
 simd_fn! {
     /// to[row / 2][column][row % 2] = from[row][column] in bf16 for whole vectors of columns; a missing last row is zero.
-    fn pair_rows<S>(from: &[f32], columns: usize, rows: usize, to: &mut [u16]) {
+    pub(crate) fn pair_rows<S>(from: &[f32], columns: usize, rows: usize, to: &mut [u16]) {
         assert!(columns.is_multiple_of(LANES) && from.len() >= rows * columns);
         for (pair, to) in to.chunks_exact_mut(2 * columns).enumerate() {
             for c in (0..columns).step_by(LANES) {

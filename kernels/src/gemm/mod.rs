@@ -17,8 +17,8 @@ mod f32;
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) use amx::Tiles;
-pub(crate) use bf16::round;
 pub use bf16::{Bf16Rule, STEP, bf16_panels_len, bf16_rule, select_bf16_rule, to_bf16_panels};
+pub(crate) use bf16::{pair_rows, round};
 
 use crate::panel::panels_len;
 use crate::pool::Pool;
