@@ -37,8 +37,12 @@ keep_checkpoints = 99
 "#;
 
 fn health(run: &Path) -> Vec<(String, String)> {
+    health_in(run, "metrics.jsonl")
+}
+
+fn health_in(run: &Path, file: &str) -> Vec<(String, String)> {
     let word = |v: &Value| v.as_str().unwrap_or_default().to_string();
-    let rows = lines(&run.join("metrics.jsonl"));
+    let rows = lines(&run.join(file));
     rows.iter().map(|row| (word(&row["health"]), word(&row["health_reason"]))).collect()
 }
 
@@ -100,4 +104,79 @@ fn cut_off_completions_and_clipped_tokens_are_told_apart_from_equal_rewards() {
         health.iter().any(|(word, why)| word == "clipped" && why.contains("of the tokens off")),
         "{health:?}"
     );
+}
+
+#[test]
+fn steps_that_compare_rollouts_say_why_they_do_not_learn() {
+    let place = Folder::with_reward(RECIPE, CHANGING);
+    let stage = r#"stage=[{ kind = "preference", steps = 6, preference = { pairs = "groups" } }]"#;
+    let output = place.launch("run", &[stage]);
+    let (text, run) = (stderr(&output), place.at("run"));
+    assert!(output.status.success(), "{text}");
+    let judged = health(&run);
+    let words: Vec<&str> = judged.iter().map(|(word, _)| word.as_str()).collect();
+    let expected = ["learning", "learning", "zero_variance", "zero_variance", "no_reward", "learning"];
+    assert_eq!(words, expected, "{judged:?}");
+    assert_eq!(judged[2].1, "no group gave a pair: 3 groups were drawn, and the rewards of each are equal");
+    assert!(text.contains("step 3: not learning (zero_variance)"), "{text}");
+    assert!(text.contains("step 6: learning again, after 1 steps of no_reward"), "{text}");
+    let counts = json!({"learning": 3, "zero_variance": 2, "no_reward": 1});
+    assert_eq!(summary(&run)["health"], counts);
+    let resumed = place.resumed(&run, "resumed", 4);
+    assert_eq!(health(&resumed), judged);
+    assert_eq!(summary(&resumed)["health"], counts);
+}
+
+#[test]
+fn pairs_that_contradict_each_other_are_called_out_and_good_ones_are_not() {
+    let place = Folder::with_reward(RECIPE, CHANGING);
+    let row = |i: u64, good: bool| {
+        let (a, b) = (i % 10, i / 10);
+        let says = |sum: u64| format!("<answer>{sum}</answer>");
+        let (right, wrong) = (says(a + b), says(a + b + 1));
+        let (chosen, rejected) = if good { (right, wrong) } else { (wrong, right) };
+        json!({"prompt": format!("{a}+{b}="), "chosen": chosen, "rejected": rejected}).to_string()
+    };
+    let good: Vec<String> = (0..40).map(|i| row(i, true)).collect();
+    let swapped: Vec<String> = (0..40).map(|i| row(i / 2, i % 2 == 0)).collect();
+    for (name, rows) in [("good", good), ("swapped", swapped)] {
+        place.write(&format!("{name}.jsonl"), &rows.join("\n"));
+        let path = place.at(&format!("{name}.jsonl"));
+        let stage = format!(r#"stage=[{{ kind = "preference", steps = 24, batch = 8, path = {path:?} }}]"#);
+        let run = place.run(name, &[&stage]);
+        let judged = health(&run);
+        assert!(judged[..16].iter().all(|(word, _)| word == "learning"), "{name}: {judged:?}");
+        for (word, why) in &judged[18..] {
+            match name {
+                "good" => assert_eq!(word, "learning", "{why}"),
+                _ => assert!(["no_margin", "at_chance"].contains(&word.as_str()), "{word}: {why}"),
+            }
+        }
+        assert_eq!(health(&place.resumed(&run, &format!("{name}-resumed"), 10)), judged);
+    }
+}
+
+#[test]
+fn a_supervised_stage_whose_loss_grows_is_said_to_diverge() {
+    let place = Folder::with_reward(RECIPE, CHANGING);
+    let stage = |lr: f64| {
+        format!(
+            r#"stage=[{{ kind = "sft", steps = 4, batch = 8, lr = 1e-3 }}, {{ kind = "sft", steps = 16, batch = 8, lr = {lr} }}]"#
+        )
+    };
+    let steady = place.run("steady", &[&stage(1e-3)]);
+    assert!(health_in(&steady, "sft.jsonl").iter().all(|(word, _)| word == "learning"));
+    assert_eq!(summary(&steady)["sft_health"], json!({"learning": 20}));
+    assert_eq!(summary(&steady)["health"], json!({}));
+
+    let output = place.launch("wild", &[&stage(3.0)]);
+    let (text, run) = (stderr(&output), place.at("wild"));
+    assert!(output.status.success(), "{text}");
+    let judged = health_in(&run, "sft.jsonl");
+    let lost: Vec<&(String, String)> = judged.iter().filter(|(word, _)| word == "diverging").collect();
+    assert!(!lost.is_empty() && lost[0].1.contains("the loss rose from"), "{judged:?}");
+    assert!(judged[..4].iter().all(|(word, _)| word == "learning"), "{judged:?}");
+    assert!(text.contains("sft step ") && text.contains("not learning (diverging)"), "{text}");
+    assert!(std::fs::read_to_string(run.join("report.html")).unwrap().contains("Health of supervised steps"));
+    assert_eq!(health_in(&place.resumed(&run, "resumed", 14), "sft.jsonl"), judged);
 }

@@ -259,12 +259,18 @@ fn a_group_whose_rewards_are_equal_is_counted_and_teaches_nothing() {
     let folder = folder(&[MODEL, TASK, stage].concat());
     let output = folder.launch("run", &[]);
     assert!(output.status.success(), "{}", stderr(&output));
-    assert!(stderr(&output).contains("no group gave a pair"), "{}", stderr(&output));
+    let text = stderr(&output);
+    assert_eq!(
+        text.matches("not learning (no_pair): no group gave a pair: 6 groups were drawn").count(),
+        1,
+        "{text}"
+    );
     for row in lines(&folder.at("run").join("metrics.jsonl")) {
         assert_eq!(
             (&row["groups_without_pair"], &row["compared"], &row["grad_norm"]),
             (&json!(6), &json!(0), &json!(0.0))
         );
+        assert_eq!(row["health"], "no_pair");
     }
     let unknown = [MODEL, TASK, &stage.replace("min_gap = 50.0", "rank_by = \"nothing\"")].concat();
     write_recipe(&folder, &unknown);

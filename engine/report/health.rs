@@ -2,6 +2,10 @@
 //!
 //! A pure function of what the step showed ([`Signs`]) and of a short memory of earlier steps ([`History`]), which is
 //! part of every checkpoint, so that a resumed run says the same. The first cause that applies is the one named.
+//! Steps that compare and steps that imitate show something else ([`comparison`], [`imitation`]); the mechanism is one.
+
+pub mod comparison;
+pub mod imitation;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
@@ -34,7 +38,7 @@ const SOLVED_SHARE: f64 = 0.95;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Health {
-    /// The policy learned from its rewards.
+    /// The policy learned from its rewards, comparisons or demonstrations.
     #[default]
     Learning,
     /// No completion has a reward.
@@ -45,10 +49,20 @@ pub enum Health {
     Truncated,
     /// Rewards do not tell completions apart.
     ZeroVariance,
+    /// No two completions of a group make a pair.
+    NoPair,
+    /// Nothing is left to move: the loss is flat.
+    NoGradient,
     /// The gradient is many times the usual one.
     ExplodingNorm,
     /// The policy is far from its reference.
     KlRunaway,
+    /// The better completions score no higher than the worse ones.
+    NoMargin,
+    /// Scores order pairs no better than chance.
+    AtChance,
+    /// The loss is above what it was at the stage's start.
+    Diverging,
     /// The clip cuts most tokens off.
     Clipped,
     /// The policy hardly varies its answers any more, and they are not the ones that pay.
@@ -64,8 +78,13 @@ impl Health {
             Self::RewardErrors => "reward_errors",
             Self::Truncated => "truncated",
             Self::ZeroVariance => "zero_variance",
+            Self::NoPair => "no_pair",
+            Self::NoGradient => "no_gradient",
             Self::ExplodingNorm => "exploding_norm",
             Self::KlRunaway => "kl_runaway",
+            Self::NoMargin => "no_margin",
+            Self::AtChance => "at_chance",
+            Self::Diverging => "diverging",
             Self::Clipped => "clipped",
             Self::EntropyCollapse => "entropy_collapse",
         }
@@ -80,8 +99,16 @@ impl Health {
             }
             Self::Truncated => "raise rollout.max_new_tokens, or reward short answers",
             Self::ZeroVariance => "easier or harder prompts, a larger group, or a reward with more levels",
+            Self::NoPair => "a larger group, a smaller min_gap, or a reward with more levels",
+            Self::NoGradient => "these rows are learned: fewer epochs, harder ones, or a greater margin",
             Self::ExplodingNorm => "lower optimizer.lr or optimizer.max_grad_norm if it goes on",
-            Self::KlRunaway => "raise algorithm.objective.kl.coefficient or lower optimizer.lr",
+            Self::KlRunaway => {
+                "raise algorithm.objective.kl.coefficient (beta of a preference stage) or lower optimizer.lr"
+            }
+            Self::NoMargin | Self::AtChance => {
+                "look for pairs whose sides are swapped or hardly differ, raise optimizer.lr, or lower the stage's beta"
+            }
+            Self::Diverging => "lower the stage's lr, or warm it up (optimizer.warmup_updates)",
             Self::Clipped => "lower optimizer.lr or train.inner_epochs",
             Self::EntropyCollapse => {
                 "raise rollout.temperature or algorithm.objective.entropy_coefficient, or go back to an earlier checkpoint"
@@ -129,13 +156,37 @@ pub struct Signs {
     pub max_grad_norm: f64,
 }
 
+/// How the scores of a step told better completions from worse ones.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+pub struct Told {
+    /// Pairs that score the right way round; `None` where single completions are judged.
+    pub right: Option<u64>,
+    /// Pairs (or judged completions) whose scores differ at all.
+    pub apart: u64,
+    /// Mean difference of the better ones' rewards and the worse ones'.
+    pub margin: f64,
+}
+
+/// What a kind of step shows.
+pub trait Evidence {
+    /// Judges the step by what it showed and by the steps before.
+    fn assess(&self, history: &History) -> Verdict;
+    /// Leaves in the history what later steps are compared with.
+    fn note(&self, history: &mut History);
+}
+
 /// What later steps are compared with.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct History {
     /// Sum and number of the first steps' entropies.
     entropy: (f64, u64),
-    /// The last norms that are not 0.
+    /// The last norms of the stage that are not 0.
     norms: VecDeque<f64>,
+    /// The last steps of the stage that told completions apart.
+    told: VecDeque<Told>,
+    /// Losses of the stage's first steps and of its last.
+    losses: (Vec<f64>, VecDeque<f64>),
     last: Health,
     /// Steps since `last` began.
     since: u64,
@@ -147,11 +198,17 @@ pub struct History {
 /// Health of a step, and why in words (`None` while it learns).
 pub type Verdict = (Health, Option<String>);
 
-impl History {
-    /// Judges a step by what it showed and by the steps before.
-    pub fn assess(&self, s: &Signs) -> Verdict {
-        let share = |n: usize, of: usize| n as f64 / of.max(1) as f64;
-        let percent = |x: f64| format!("{:.0} %", 100.0 * x);
+fn share(n: usize, of: usize) -> f64 {
+    n as f64 / of.max(1) as f64
+}
+
+fn percent(x: f64) -> String {
+    format!("{:.0} %", 100.0 * x)
+}
+
+impl Evidence for Signs {
+    fn assess(&self, history: &History) -> Verdict {
+        let s = self;
         if s.completions == 0 {
             let why = "no group was left to train on: all that was drawn was filtered out".to_string();
             return because(Health::ZeroVariance, why);
@@ -175,11 +232,8 @@ impl History {
             let why = format!("every group's rewards are equal (mean {:.3})", s.reward_mean);
             return because(Health::ZeroVariance, why);
         }
-        if let Some(usual) = self.usual_norm().filter(|u| s.grad_norm > NORM_FACTOR * u)
-            && s.grad_norm > s.max_grad_norm
-        {
-            let why = format!("the gradient's norm is {:.3}, usually {usual:.3}", s.grad_norm);
-            return because(Health::ExplodingNorm, why);
+        if let Some(verdict) = history.exploding(s.grad_norm, s.max_grad_norm) {
+            return verdict;
         }
         let limit = s.kl_target.map_or(KL_LIMIT, |target| KL_TARGET_FACTOR * target);
         if let Some(kl) = s.kl.filter(|kl| *kl > limit) {
@@ -190,8 +244,8 @@ impl History {
             let why = format!("the clip cuts {} of the tokens off", percent(s.clip_fraction));
             return because(Health::Clipped, why);
         }
-        let start = self.entropy.0 / self.entropy.1.max(1) as f64;
-        if self.entropy.1 == ENTROPY_STEPS
+        let start = history.entropy.0 / history.entropy.1.max(1) as f64;
+        if history.entropy.1 == ENTROPY_STEPS
             && s.entropy < ENTROPY_SHARE * start
             && share(s.zero_variance_groups, s.groups) >= AGREEING_SHARE
             && s.reward_mean < SOLVED_SHARE * s.full_reward
@@ -206,6 +260,42 @@ impl History {
         (Health::Learning, None)
     }
 
+    fn note(&self, history: &mut History) {
+        if history.entropy.1 < ENTROPY_STEPS {
+            history.entropy = (history.entropy.0 + self.entropy, history.entropy.1 + 1);
+        }
+        history.note_norm(self.grad_norm);
+    }
+}
+
+impl History {
+    /// Judges a step by what it showed and by the steps before.
+    pub fn assess(&self, signs: &impl Evidence) -> Verdict {
+        signs.assess(self)
+    }
+
+    /// Forgets what only the steps of one stage can be compared with.
+    pub fn begin_stage(&mut self) {
+        self.norms.clear();
+        self.told.clear();
+        self.losses = Default::default();
+    }
+
+    /// A norm that is many times the usual one and beyond what is clipped anyway.
+    fn exploding(&self, norm: f64, max: f64) -> Option<Verdict> {
+        let usual = self.usual_norm().filter(|u| norm > NORM_FACTOR * u && norm > max)?;
+        Some(because(Health::ExplodingNorm, format!("the gradient's norm is {norm:.3}, usually {usual:.3}")))
+    }
+
+    fn note_norm(&mut self, norm: f64) {
+        if norm > 0.0 {
+            self.norms.push_back(norm);
+            if self.norms.len() > NORMS.0 {
+                self.norms.pop_front();
+            }
+        }
+    }
+
     fn usual_norm(&self) -> Option<f64> {
         let mut norms: Vec<f64> = self.norms.iter().copied().collect();
         norms.sort_by(f64::total_cmp);
@@ -213,16 +303,8 @@ impl History {
     }
 
     /// Remembers a judged step; gives a line to print when its health is another than the step's before.
-    pub fn remember(&mut self, signs: &Signs, (health, why): &Verdict) -> Option<String> {
-        if self.entropy.1 < ENTROPY_STEPS {
-            self.entropy = (self.entropy.0 + signs.entropy, self.entropy.1 + 1);
-        }
-        if signs.grad_norm > 0.0 {
-            self.norms.push_back(signs.grad_norm);
-            if self.norms.len() > NORMS.0 {
-                self.norms.pop_front();
-            }
-        }
+    pub fn remember(&mut self, signs: &impl Evidence, (health, why): &Verdict) -> Option<String> {
+        signs.note(self);
         *self.counts.entry(*health).or_default() += 1;
         let (before, steps) = (std::mem::replace(&mut self.last, *health), self.since);
         if before == *health {

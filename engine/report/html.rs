@@ -48,13 +48,14 @@ const SECTIONS: [(&str, &[&str]); 4] = [
 ];
 
 /// Charts of preference stages.
-const PREFERENCE: [&str; 8] = [
+const PREFERENCE: [&str; 9] = [
     "rewards/chosen",
     "rewards/rejected",
     "rewards/margins",
     "rewards/accuracies",
     "logps/chosen",
     "logps/rejected",
+    "log_ratio",
     "compared",
     "groups_without_pair",
 ];
@@ -128,13 +129,14 @@ fn page(
     html += &overview(metrics, summary);
     html += &super::forgetting::html(summary);
     html += &rewards(metrics);
-    html += &health(metrics);
+    html += &health("Health", metrics, "metrics.jsonl");
     for (title, keys) in SECTIONS {
         html += &section(title, keys, metrics);
     }
     html += &section("Preference", &PREFERENCE, metrics);
     html += &section("Other", &other_keys(metrics), metrics);
     html += &section("Supervised stages", &["loss", "entropy", "grad_norm", "lr"], sft);
+    html += &health("Health of supervised steps", sft, "sft.jsonl");
     html += "<h2>Samples</h2>";
     if samples.is_empty() {
         html += "<p>No samples yet.";
@@ -246,7 +248,7 @@ fn rewards(metrics: &[Line]) -> String {
 }
 
 /// Steps that did not learn, by stretches of one cause, each with the reason of its first step.
-fn health(metrics: &[Line]) -> String {
+fn health(title: &str, metrics: &[Line], file: &str) -> String {
     let of = |m: &Line| m.get("health").map(plain);
     let judged: Vec<&Line> = metrics.iter().filter(|m| m.contains_key("health")).collect();
     if judged.is_empty() {
@@ -257,7 +259,7 @@ fn health(metrics: &[Line]) -> String {
         .filter(|s| of(s[0]).is_some_and(|h| h != "learning"))
         .collect();
     let lost: usize = stretches.iter().map(|s| s.len()).sum();
-    let mut html = format!("<h2>Health</h2><p>{} of {} steps learned.", judged.len() - lost, judged.len());
+    let mut html = format!("<h2>{title}</h2><p>{} of {} steps learned.", judged.len() - lost, judged.len());
     if !stretches.is_empty() {
         html += "<table><tr><th>steps<th>health<th>why";
     }
@@ -268,7 +270,7 @@ fn health(metrics: &[Line]) -> String {
         let _ = write!(html, "<tr><td>{steps}<td>{}<td>{}", escape(&word), escape(&why));
     }
     if let Some(more) = stretches.len().checked_sub(SHOWN_STRETCHES).filter(|n| *n > 0) {
-        let _ = write!(html, "<tr><td>…<td><td>{more} further stretches in metrics.jsonl");
+        let _ = write!(html, "<tr><td>…<td><td>{more} further stretches in {file}");
     }
     if stretches.is_empty() { html } else { html + "</table>" }
 }

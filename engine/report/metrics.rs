@@ -157,6 +157,9 @@ pub struct Summary {
     pub memory_plan_bytes: u64,
     /// Steps by health ([`crate::report::health::Health`]).
     pub health: Map<String, Value>,
+    /// The same of supervised steps.
+    #[serde(skip_serializing_if = "Map::is_empty")]
+    pub sft_health: Map<String, Value>,
     /// Folder of the trained model, relative to the run folder.
     pub final_model: String,
     /// Version of this program.

@@ -2,6 +2,8 @@
 
 use serde_json::{Map, Value, json};
 
+use crate::report::health::Verdict;
+
 /// Metrics of one step of a preference stage: a line of metrics.jsonl. What a step has no completions for is left out.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct PreferenceMetrics {
@@ -23,6 +25,8 @@ pub struct PreferenceMetrics {
     pub logps_rejected: Option<f64>,
     /// Baseline of an unpaired loss: estimated KL to the reference, nats a completion, at least 0.
     pub baseline: Option<f64>,
+    /// Mean distance of a compared token's logprob from the reference, nats.
+    pub log_ratio: Option<f64>,
     /// Mean entropy of the model's next token over the compared completions, nats.
     pub entropy: f64,
     /// Gradient norm before clipping.
@@ -37,6 +41,8 @@ pub struct PreferenceMetrics {
     pub rss_peak_bytes: u64,
     /// Held-out mean reward, where the step was evaluated.
     pub eval_reward: Option<f64>,
+    /// What the step did for the policy, and why not more.
+    pub health: Verdict,
     /// Of the rollouts, where completions are drawn.
     pub drawn: Option<DrawnMetrics>,
 }
@@ -88,6 +94,7 @@ impl PreferenceMetrics {
         put("logps/rejected", json!(self.logps_rejected));
         put("kto_baseline", json!(self.baseline));
         put("compared", json!(self.compared));
+        put("log_ratio", json!(self.log_ratio));
         put("entropy", json!(self.entropy));
         put("grad_norm", json!(self.grad_norm));
         put("lr", json!(self.lr));
@@ -112,6 +119,8 @@ impl PreferenceMetrics {
         put("learner_tokens_per_s", json!(self.learner_tokens_per_s));
         put("rss_peak_bytes", json!(self.rss_peak_bytes));
         put("eval_reward", json!(self.eval_reward));
+        put("health", json!(self.health.0));
+        map.insert("health_reason".into(), json!(self.health.1));
         map
     }
 
@@ -146,6 +155,8 @@ pub struct SftMetrics {
     pub learner_tokens_per_s: f64,
     /// Peak resident memory of the process so far.
     pub rss_peak_bytes: u64,
+    /// What the step did for the policy, and why not more.
+    pub health: Verdict,
 }
 
 impl SftMetrics {
@@ -167,6 +178,8 @@ impl SftMetrics {
         put("learner_s", json!(self.learner_s));
         put("learner_tokens_per_s", json!(self.learner_tokens_per_s));
         put("rss_peak_bytes", json!(self.rss_peak_bytes));
+        put("health", json!(self.health.0));
+        put("health_reason", json!(self.health.1));
         map
     }
 }

@@ -92,7 +92,10 @@ struct State {
     #[serde(default)]
     matrix: TaskMatrix,
     eval_before: Option<EvalResult>,
+    /// Of the steps of metrics.jsonl, and of those of sft.jsonl.
     health: History,
+    #[serde(default)]
+    sft_health: History,
     seconds: f64,
     rollout_tokens: u64,
     rollout_seconds: f64,
@@ -243,6 +246,8 @@ impl Run {
                 learner.begin_stage();
                 self.enter(stage);
                 self.state.data.begin_stage();
+                self.state.health.begin_stage();
+                self.state.sft_health.begin_stage();
                 self.begin_reference(&checkpoints)?;
                 self.state.balance = stage.amft.as_ref().map(Balance::new);
                 if stage.draws() {
@@ -357,6 +362,7 @@ impl Run {
             rss_peak_bytes: rss_peak_bytes(),
             memory_plan_bytes: self.plan.total() as u64,
             health: self.state.health.counts(),
+            sft_health: self.state.sft_health.counts(),
             final_model: "final".into(),
             version: env!("CARGO_PKG_VERSION").into(),
             environment: environment(self.pool.threads(), rft_kernels::isa().name()),

@@ -16,11 +16,13 @@ use crate::data::prompts::Renderer;
 use crate::error::{EngineError, Result};
 use crate::learner::batch::GroupTokens;
 use crate::learner::step::Learner;
+use crate::report::health::Told;
+use crate::report::health::comparison::{ComparisonSigns, DrawnSigns};
 use crate::report::metrics::rss_peak_bytes;
 use crate::report::progress::Progress;
 use crate::report::sinks::RunFolder;
 use crate::report::stages::{DrawnMetrics, PreferenceMetrics};
-use crate::reward::component_means;
+use crate::reward::{ScoredGroup, component_means};
 use crate::rollout::RolloutEngine;
 use crate::types::{FinishReason, TokenId};
 
@@ -91,6 +93,7 @@ impl Run {
             }
         }
         let mut metrics = PreferenceMetrics { step, lr, ..measure(&comparisons, &first) };
+        let told = told(&metrics, &first);
         drop(comparisons);
         let evaluates =
             self.recipe.eval.every > 0 && step.is_multiple_of(self.recipe.eval.every) && self.measures();
@@ -126,13 +129,17 @@ impl Run {
                 n => n,
             };
             folder.samples(&pair_rows(step, ranked, logged))?;
-            if metrics.compared == 0 {
-                progress.say(&format!(
-                    "warning: step {step}: no group gave a pair, so nothing was learned. hint: easier or harder prompts, a \
-                     larger group, a smaller min_gap, or a reward with more levels"
-                ));
-            }
         }
+        let signs = ComparisonSigns {
+            drawn: ranked.as_ref().map(|r| drawn_signs(r, settings.pairs == PairSource::Groups)),
+            compared: metrics.compared,
+            told,
+            log_ratio: metrics.log_ratio,
+            grad_norm: metrics.grad_norm,
+            max_grad_norm: self.recipe.optimizer.max_grad_norm,
+        };
+        metrics.health = self.state.health.assess(&signs);
+        let change = self.state.health.remember(&signs, &metrics.health);
         folder.metrics(step, &metrics.to_json())?;
         if self.state.data.measured.dropped.len() > dropped {
             self.write_dropped(folder)?;
@@ -141,6 +148,9 @@ impl Run {
             self.warn_of_failures(step, &ranked.drawn, progress);
         }
         progress.preference_step(self.state.step_in_stage + 1, &metrics);
+        if let Some(line) = change {
+            progress.say(&format!("step {step}: {line}"));
+        }
         Ok(())
     }
 
@@ -263,6 +273,10 @@ fn measure(comparisons: &Comparisons, compared: &Compared) -> PreferenceMetrics 
         return m;
     }
     let logps = comparisons.sums(&compared.logprobs);
+    if let Some(reference) = &comparisons.reference {
+        let far = compared.logprobs.iter().zip(reference).map(|(new, old)| f64::from((new - old).abs()));
+        m.log_ratio = mean(far);
+    }
     let out = &compared.outputs;
     match &comparisons.verdict {
         Verdict::Pairs(pairs, _) => {
@@ -286,6 +300,41 @@ fn measure(comparisons: &Comparisons, compared: &Compared) -> PreferenceMetrics 
         }
     }
     m
+}
+
+/// How an update's scores told completions apart, before it.
+fn told(metrics: &PreferenceMetrics, compared: &Compared) -> Told {
+    let out = &compared.outputs;
+    let better = || out.chosen_rewards.iter().zip(&out.rejected_rewards);
+    let count = |n: usize| n as u64;
+    let (right, apart) = match out.rejected_rewards.is_empty() {
+        true => (None, out.chosen_rewards.iter().filter(|r| **r != 0.0).count()),
+        false => (Some(better().filter(|(c, r)| c > r).count()), better().filter(|(c, r)| c != r).count()),
+    };
+    let margin = metrics.margin();
+    // a step of labels of one kind has no margin
+    let apart = if margin.is_some() { apart } else { 0 };
+    Told { right: right.map(count), apart: count(apart), margin: margin.unwrap_or(0.0) }
+}
+
+fn drawn_signs(ranked: &Ranked, by_reward: bool) -> DrawnSigns {
+    let outcomes = || ranked.drawn.seen().flat_map(|g| &g.outcomes);
+    let equal = |g: &&ScoredGroup| {
+        let mut rewards = g.outcomes.iter().filter_map(|o| o.reward);
+        let first = rewards.next();
+        rewards.all(|r| Some(r) == first)
+    };
+    let cut =
+        |g: &ScoredGroup| g.group.completions.iter().filter(|c| c.finish == FinishReason::Length).count();
+    DrawnSigns {
+        groups: ranked.drawn.seen().count(),
+        equal: ranked.drawn.seen().filter(equal).count(),
+        completions: outcomes().count(),
+        rewarded: outcomes().filter(|o| o.reward.is_some()).count(),
+        failed: outcomes().filter(|o| !o.errors.is_empty()).count(),
+        truncated: ranked.drawn.seen().map(cut).sum(),
+        ranked: by_reward,
+    }
 }
 
 fn drawn_metrics(ranked: &Ranked) -> DrawnMetrics {

@@ -11,6 +11,7 @@ use crate::error::Result;
 use crate::learner::batch::{GroupTokens, Piece};
 use crate::learner::step::{Learner, ScoreGrads};
 use crate::model::backprop::Scores;
+use crate::report::health::imitation::ImitationSigns;
 use crate::report::metrics::rss_peak_bytes;
 use crate::report::progress::Progress;
 use crate::report::sinks::RunFolder;
@@ -66,10 +67,18 @@ impl Run {
         })?;
         let learner_s = start.elapsed().as_secs_f64();
         self.state.sft_steps += 1;
+        let loss = nll / tokens as f64;
+        let signs = ImitationSigns {
+            loss,
+            grad_norm: stats.grad_norm,
+            max_grad_norm: self.recipe.optimizer.max_grad_norm,
+        };
+        let health = self.state.sft_health.assess(&signs);
+        let change = self.state.sft_health.remember(&signs, &health);
         let metrics = SftMetrics {
             step: self.state.sft_steps,
             stage_index: self.state.stage,
-            loss: nll / tokens as f64,
+            loss,
             tokens,
             entropy: entropy / mask.len() as f64,
             grad_norm: stats.grad_norm,
@@ -78,9 +87,13 @@ impl Run {
             learner_s,
             learner_tokens_per_s: stats.rows as f64 / learner_s.max(1e-9),
             rss_peak_bytes: rss_peak_bytes(),
+            health,
         };
         folder.sft(self.state.sft_steps, &metrics.to_json())?;
         progress.sft_step(self.state.step_in_stage + 1, metrics.loss, metrics.learner_tokens_per_s);
+        if let Some(line) = change {
+            progress.say(&format!("sft step {}: {line}", self.state.sft_steps));
+        }
         Ok(())
     }
 }
