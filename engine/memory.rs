@@ -17,14 +17,12 @@ use crate::model::policy::Policy;
 use crate::rollout::engine::PREFILL_ROWS;
 use crate::rollout::sampler::logits_rows;
 
-/// Micro-batches above this many rows are no faster (the kernels are at their peak) and only take memory.
-const ENOUGH_ROWS: usize = 1024;
-
-/// Micro-batches have up to this many where a group has as many: one that is cut computes its prompt more than once.
-const MAX_ROWS: usize = 4096;
-
-/// Micro-batches of fewer rows leave the kernels below their peak; then layers' activations are rather made again.
+/// Micro-batches of fewer rows leave the kernels below their peak; then layers' activations are rather made again. More rows are no
+/// faster and only take memory, so that a micro-batch has the fewest whole groups that reach it.
 const FULL_SPEED_ROWS: usize = 512;
+
+/// Rows that a micro-batch has at most where a group has as many: one that is cut computes its prompt more than once.
+const MAX_ROWS: usize = 4096;
 
 /// The program's own pages, thread stacks and small allocations: 18 MiB of the file and 4 MiB, measured.
 const PROGRAM_BYTES: usize = 22 << 20;
@@ -184,8 +182,8 @@ impl MemoryPlan {
         plan.activations_rest = plan.rollouts() > plan.gradients;
         let left = plan.budget.saturating_sub(plan.common() + plan.gradients + plan.logits);
         let left = left.saturating_sub(if plan.at_once { plan.rollouts() } else { 0 });
-        let group = (prompt_tokens + rollout.group_size * rollout.max_new_tokens).min(MAX_ROWS);
-        let enough = ENOUGH_ROWS.max(group).min(step_rows).max(longest);
+        let group = (prompt_tokens + rollout.group_size * rollout.max_new_tokens.saturating_sub(1)).max(1);
+        let enough = (FULL_SPEED_ROWS.div_ceil(group) * group).min(MAX_ROWS).min(step_rows).max(longest);
         let full_speed = FULL_SPEED_ROWS.min(step_rows).max(longest);
         plan.recompute = match recipe.train.recompute {
             Recompute::Off => 0,

@@ -6,8 +6,8 @@ use clap::Args;
 use serde_json::{Map, json};
 
 use super::{
-    CommonArgs, Machine, Measurement, Report, cpu_seconds, linear_parameters, random_tokens, round, spread,
-    trained,
+    CommonArgs, Machine, Measurement, Report, cpu_seconds, linear_parameters, random_tokens, reset_peak,
+    round, spread, trained,
 };
 use crate::config::OptimizerConfig;
 use crate::error::Result;
@@ -113,15 +113,6 @@ pub(super) fn run(args: &LearnerArgs, machine: &mut Machine, report: Report) -> 
         });
     }
     Ok(())
-}
-
-/// Sets the peak of memory back to what is held now, where the system can (Linux).
-fn reset_peak() {
-    rft_kernels::release_pages();
-    if cfg!(target_os = "linux") {
-        // where it is refused the peak is that of all cases so far
-        let _ = std::fs::write("/proc/self/clear_refs", "5");
-    }
 }
 
 /// The least seconds of an update: products forward and backward once (LoRA: without the frozen weights' gradients), the

@@ -113,6 +113,15 @@ fn cpu_seconds() -> f64 {
     ticks.filter_map(|t| t.parse::<f64>().ok()).sum::<f64>() / 100.0
 }
 
+/// Sets the peak of memory back to what is held now, where the system can (Linux), so that each case has a peak of its own.
+fn reset_peak() {
+    rft_kernels::release_pages();
+    if cfg!(target_os = "linux") {
+        // where it is refused the peak is that of all cases so far
+        let _ = std::fs::write("/proc/self/clear_refs", "5");
+    }
+}
+
 /// Four significant digits are more than a measurement has.
 fn round(x: f64) -> f64 {
     format!("{x:.3e}").parse().unwrap_or(x)

@@ -5,7 +5,8 @@ use rft_kernels::BLOCK;
 use serde_json::{Map, json};
 
 use super::{
-    CommonArgs, Machine, Measurement, Report, linear_parameters, prompt, random_tokens, round, spread,
+    CommonArgs, Machine, Measurement, Report, linear_parameters, prompt, random_tokens, reset_peak, round,
+    spread,
 };
 use crate::config::Precision;
 use crate::error::Result;
@@ -54,11 +55,15 @@ fn case(
     group: usize,
 ) -> Result<Measurement> {
     let prompts = parallel.div_ceil(group);
+    reset_peak();
     let mut rollouts = Rollouts::new(machine, policy, args.prompt, args.new, prompts, group)?;
     let (mut decode, mut all, mut prefill) = (Vec::new(), Vec::new(), Vec::new());
+    let mut kv_blocks = 0;
     for repeat in 0..machine.repeats + 1 {
         let first = rollouts.run(policy, 1)?.0.seconds;
-        let whole = rollouts.run(policy, args.new)?.0.seconds;
+        let stats = rollouts.run(policy, args.new)?.0;
+        let whole = stats.seconds;
+        kv_blocks = stats.peak_blocks;
         if repeat > 0 {
             prefill.push((prompts * args.prompt) as f64 / first);
             decode.push((prompts * group * (args.new - 1)) as f64 / (whole - first));
@@ -76,6 +81,7 @@ fn case(
     more.insert("with_prefill_tokens_per_s".into(), round((prompts * group * args.new) as f64 / all).into());
     more.insert("bound_tokens_per_s".into(), round(bound).into());
     more.insert("bound_by_memory".into(), round(reading / seconds).into());
+    more.insert("kv_blocks".into(), kv_blocks.into());
     more.insert("rss_peak_mb".into(), json!(rss_peak_bytes() >> 20));
     Ok(Measurement {
         work: format!(
