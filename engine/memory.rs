@@ -44,10 +44,16 @@ const SAMPLE_TOKEN_BYTES: usize = 150;
 pub struct DataSize {
     /// Tokens of the longest prompt.
     pub prompt_tokens: usize,
-    /// Most prompt tokens of a step.
-    pub step_prompt_tokens: usize,
-    /// Rows, held-out ones too.
+    /// Tokens of the longest prompt and completion together, stored ones too.
+    pub positions: usize,
+    /// Most rows of a step, of whatever stage, with completions of full length.
+    pub step_rows: usize,
+    /// Most rows of one group of such a step.
+    pub group_rows: usize,
+    /// Rows, held-out ones and those of single stages too.
     pub rows: usize,
+    /// Held-out prompts.
+    pub heldout: usize,
     /// Bytes of their prompts.
     pub text: usize,
 }
@@ -83,6 +89,8 @@ pub struct MemoryPlan {
     pub kv_blocks: usize,
     /// Rows (tokens) of a micro-batch.
     pub max_rows: usize,
+    /// Rows of a step of full length.
+    pub step_rows: usize,
     /// Layers, from the first, whose activations are made again in the backward pass.
     pub recompute: usize,
     /// Whether the learner gives its activations back for rollouts, which need more than the gradient's memory.
@@ -104,27 +112,34 @@ impl MemoryPlan {
         let trainable = policy.trainable().trainable_len();
         let bf16 = recipe.model.precision == Precision::Bf16;
         let waiting = if bf16 { policy.trainable().waiting_bytes() } else { 0 };
-        let samples = rollout.prompts_per_step * rollout.group_size;
+        // a run of stored rows draws only to be measured, if at all
+        let draws = recipe.stages().iter().any(|stage| stage.draws());
+        let measured = if recipe.reward.is_empty() { 0 } else { data.heldout };
+        let (prompts, completions) = match draws {
+            true => (rollout.prompts_per_step, rollout.group_size),
+            false => (measured, recipe.eval.samples),
+        };
+        let samples = prompts * completions;
 
         let prompt_tokens = data.prompt_tokens;
         let element_bytes = if rollout.kv_precision == Precision::Bf16 { 2 } else { 4 };
         let layer_block = element_bytes * BLOCK * spec.kv_heads * spec.head_dim;
         let block_bytes = 2 * layer_block * spec.layers;
         let sample_blocks = rollout.max_new_tokens.div_ceil(BLOCK) + 1;
-        let step_blocks = rollout.prompts_per_step * prompt_tokens.div_ceil(BLOCK) + samples * sample_blocks;
+        let step_blocks = prompts * prompt_tokens.div_ceil(BLOCK) + samples * sample_blocks;
         let fewest_blocks = prompt_tokens.div_ceil(BLOCK) + sample_blocks;
-        let longest = prompt_tokens + rollout.max_new_tokens;
-        let step_rows = data.step_prompt_tokens + samples * rollout.max_new_tokens;
+        let longest = data.positions;
+        let step_rows = data.step_rows;
         let weights = policy.weights();
         let copies = 1 + usize::from(spec.final_softcap.is_some());
         let scripts = recipe.reward.len() * recipe.devices.thread_count();
-        let decoding = samples.max(recipe.data.heldout * recipe.eval.samples);
+        let decoding = samples.max(measured * recipe.eval.samples);
         let program = PROGRAM_BYTES
             + scripts * STATE_BYTES
             + spec.vocab * VOCAB_ENTRY_BYTES
             + data.rows * ROW_BYTES
             + 3 * data.text
-            + samples * rollout.max_new_tokens * SAMPLE_TOKEN_BYTES;
+            + if draws { samples * rollout.max_new_tokens * SAMPLE_TOKEN_BYTES } else { 0 };
 
         let mut plan = Self {
             weights: base + adapter,
@@ -142,12 +157,18 @@ impl MemoryPlan {
             kv: 0,
             logits: copies * held_bytes(chunk_targets(spec.vocab).min(step_rows) * spec.vocab * 4),
             activations: 0,
-            rollout: rollout_bytes(&weights, PREFILL_ROWS + decoding.min(samples))
-                + held_bytes(decoding.min(logits_rows(spec.vocab)) * spec.vocab * 4),
+            rollout: match decoding {
+                0 => 0,
+                n => {
+                    rollout_bytes(&weights, PREFILL_ROWS + n.min(samples))
+                        + held_bytes(n.min(logits_rows(spec.vocab)) * spec.vocab * 4)
+                }
+            },
             program,
             budget: recipe.devices.memory_mb << 20,
             kv_blocks: 0,
             max_rows: 0,
+            step_rows,
             recompute: 0,
             activations_rest: false,
             at_once: recipe.has_meta_gradient(),
@@ -178,11 +199,11 @@ impl MemoryPlan {
         };
         let held = |blocks: usize| 2 * spec.layers * held_bytes(blocks * layer_block);
         plan.kv_blocks = (wanted / block_bytes).max(fewest_blocks);
-        plan.kv = held(plan.kv_blocks);
+        plan.kv = if decoding == 0 { 0 } else { held(plan.kv_blocks) };
         plan.activations_rest = plan.rollouts() > plan.gradients;
         let left = plan.budget.saturating_sub(plan.common() + plan.gradients + plan.logits);
         let left = left.saturating_sub(if plan.at_once { plan.rollouts() } else { 0 });
-        let group = (prompt_tokens + rollout.group_size * rollout.max_new_tokens.saturating_sub(1)).max(1);
+        let group = data.group_rows.max(1);
         let enough = (FULL_SPEED_ROWS.div_ceil(group) * group).min(MAX_ROWS).min(step_rows).max(longest);
         let full_speed = FULL_SPEED_ROWS.min(step_rows).max(longest);
         plan.recompute = match recipe.train.recompute {
@@ -200,13 +221,28 @@ impl MemoryPlan {
         Ok(plan)
     }
 
-    /// A line on the measured peak beside the plan, and a warning where it exceeded the budget.
-    pub fn beside(&self, peak: u64) -> String {
+    /// The plan with steps as long as they came: the largest micro-batch and the largest update, in rows. Completions that end early
+    /// leave less to hold than the plan allows for.
+    #[must_use]
+    pub fn seen(&self, policy: &Policy, (micro, update): (usize, usize)) -> Self {
+        let (weights, rows) = (policy.weights(), micro.min(self.max_rows));
+        let embedding = |rows| waiting_bytes(&weights, rows);
+        Self {
+            activations: training_bytes(&weights, rows, self.recompute).min(self.activations),
+            waiting: self.waiting - embedding(self.step_rows) + embedding(update.min(self.step_rows)),
+            ..self.clone()
+        }
+    }
+
+    /// A line on the measured peak beside the plan for steps of full length and for those `seen`, and a warning where it exceeded
+    /// the budget.
+    pub fn beside(&self, seen: &Self, peak: u64) -> String {
         let peak = usize::try_from(peak).unwrap_or(usize::MAX);
         let mut line = format!(
-            "  memory   peak {}, planned {} for steps of full length\n",
+            "  memory   peak {}, planned {} for steps of full length and {} for the longest that came\n",
             mib(peak),
-            mib(self.total())
+            mib(self.total()),
+            mib(seen.total())
         );
         if peak > self.budget {
             let _ = writeln!(

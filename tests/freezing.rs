@@ -149,7 +149,15 @@ fn what_trains_moves_as_in_a_full_run_and_what_is_frozen_keeps_its_bits() {
     }
 }
 
-const DATA: DataSize = DataSize { prompt_tokens: 20, step_prompt_tokens: 600, rows: 100, text: 2000 };
+const DATA: DataSize = DataSize {
+    prompt_tokens: 20,
+    positions: 84,
+    step_rows: 4000,
+    group_rows: 500,
+    rows: 100,
+    heldout: 0,
+    text: 2000,
+};
 
 #[test]
 fn the_memory_plan_counts_what_trains() {

@@ -149,6 +149,76 @@ const WIDE: [&str; 11] = [
     "devices.memory_mb=300",
 ];
 
+/// Two stages that draw nothing; nothing is measured either.
+#[test]
+#[cfg(target_os = "linux")]
+fn the_peak_of_supervised_and_preference_stages_is_within_a_tenth_of_the_plan() {
+    let folder = Folder::new("");
+    let pairs: Vec<String> = (0..512u64)
+        .map(|i| {
+            let (a, b) = (i % 100, i / 5);
+            let says = |sum: u64| format!("<think>{a}+{b}={sum}</think><answer>{sum}</answer>");
+            let (chosen, rejected) = (says(a + b), says(a + b + 1));
+            serde_json::json!({"prompt": format!("{a}+{b}="), "chosen": chosen, "rejected": rejected})
+                .to_string()
+        })
+        .collect();
+    folder.write("pairs.jsonl", &pairs.join("\n"));
+    let pairs = format!("path = {:?}", folder.at("pairs.jsonl"));
+    let head = RECIPE.split("[[reward]]").next().unwrap().replace("heldout = 8", "heldout = 0");
+    for (name, stage, of_pairs) in [
+        ("sft", "kind = \"sft\"\nbatch = 128\nsteps = 3\n".to_string(), false),
+        ("dpo", format!("kind = \"preference\"\nbatch = 64\nsteps = 3\n{pairs}\n"), true),
+        (
+            "simpo",
+            format!(
+                "kind = \"preference\"\nbatch = 64\nsteps = 3\n{pairs}\n[stage.preference]\nreference_free = true\n"
+            ),
+            true,
+        ),
+    ] {
+        let head = if of_pairs { head.split("[data]").next().unwrap() } else { &head };
+        let recipe = format!(
+            "{head}[rollout]\nmax_new_tokens = 32\n[train]\ncheckpoint_every = 0\n[[stage]]\n{stage}"
+        );
+        folder.write("recipe.toml", &recipe);
+        let sets = [WIDE[0], "optimizer.lr=1e-5", "devices.threads=2", "devices.memory_mb=400"];
+        let run = folder.run(name, &sets);
+        let [peak, plan, seen] = planned(&run);
+        println!(
+            "{name}: peak {peak:.0} MiB, {:.3} of the plan, {:.3} of the steps that came",
+            peak / plan,
+            peak / seen
+        );
+        assert!((0.9..1.1).contains(&(peak / plan)), "{name}: {peak:.0} of {plan:.0} MiB");
+        assert!((0.9..1.1).contains(&(peak / seen)), "{name}: {peak:.0} of {seen:.0} MiB");
+    }
+}
+
+/// Measured peak, plan, and plan for the steps that came, MiB.
+fn planned(run: &std::path::Path) -> [f64; 3] {
+    let summary = summary(run);
+    ["rss_peak_bytes", "memory_plan_bytes", "memory_plan_seen_bytes"]
+        .map(|key| summary[key].as_f64().unwrap() / f64::from(1 << 20))
+}
+
+/// The plan is for completions of full length; where all end early, it says afterwards what they should have taken.
+#[test]
+#[cfg(target_os = "linux")]
+fn completions_that_end_early_take_less_than_the_plan_and_what_it_says_of_them() {
+    let folder = Folder::new(RECIPE);
+    let stop = r#"rollout.stop=["0", "1", "2", "3", "4", "5", "6", "7", "8", "9"]"#;
+    let run = folder.run("early", &[&WIDE[..], &[stop, "rollout.prompts_per_step=16"]].concat());
+    let [peak, plan, seen] = planned(&run);
+    println!(
+        "early: peak {peak:.0} MiB, {:.3} of the plan, {:.3} of the steps that came",
+        peak / plan,
+        peak / seen
+    );
+    assert!(seen < 0.95 * plan && peak < plan, "{peak:.0}, {seen:.0} and {plan:.0} MiB");
+    assert!((0.9..1.1).contains(&(peak / seen)), "{peak:.0} of {seen:.0} MiB");
+}
+
 /// Every run is a process of its own, so that its peak is its own.
 #[test]
 #[cfg(target_os = "linux")]

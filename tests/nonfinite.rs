@@ -8,7 +8,8 @@ use std::process::Output;
 use rft_engine::config::{NewModelConfig, OptimizerConfig, Precision};
 use rft_engine::error::EngineError;
 use rft_engine::learner::batch::GroupTokens;
-use rft_engine::learner::step::{Learner, ScoreGrads};
+use rft_engine::learner::critic::Critic;
+use rft_engine::learner::step::{CriticStep, Learner, ScoreGrads};
 use rft_engine::model::policy::{Policy, new_model_spec};
 use rft_kernels::{Pool, Warp};
 use runs::{Folder, checkpoints, lines, resume, stderr};
@@ -65,6 +66,71 @@ fn the_token_of_a_bad_loss_and_the_completion_of_a_bad_gradient_are_found() {
     assert_eq!((what, group, completion, token), ("gradient", 1, 0, None));
     assert!(unchanged);
     let (result, unchanged) = update_with(-0.1, 0);
+    assert!(result.is_ok() && !unchanged);
+}
+
+/// As [`update_with`], with a critic whose head is not zero: the gradient of the values of completion `bad` is `value`, that of its
+/// logprobs -0.1 and with `scored` false nothing at all.
+fn judged_with(
+    value: f32,
+    bad: (usize, usize),
+    scored: bool,
+    head_only: bool,
+) -> (Result<(), EngineError>, bool) {
+    let shape = NewModelConfig { hidden: 32, layers: 2, heads: 2, kv_heads: 1, head_dim: 16, ffn: 64 };
+    let mut policy = Policy::init(new_model_spec(&shape, 40, 0, 64).unwrap(), 5);
+    policy.prepare(&Pool::new(1), 64, Precision::F32);
+    let mut critic = Critic::new(&policy, false);
+    critic.head.weights.fill(0.5);
+    let before = (policy.base.stored_values().to_vec(), critic.head.weights.clone());
+    let groups = [
+        GroupTokens { prompt: &[3, 7, 11], completions: vec![&[4, 5, 6], &[7, 9]] },
+        GroupTokens { prompt: &[12, 2], completions: vec![&[10, 11, 30], &[8]] },
+    ];
+    let mut learner = Learner::new(&policy, 6);
+    let with = Some(CriticStep { critic: &mut critic, lr: 1e-3, head_only });
+    let (pool, config) = (Pool::new(1), OptimizerConfig::default());
+    let warp = scored.then_some(&WARP);
+    let result = learner.update_with(
+        &pool,
+        &mut policy,
+        &groups,
+        warp,
+        &config,
+        1e-3,
+        with,
+        |pieces, scores, values| {
+            let own = pieces.iter().flat_map(|p| p.completions.clone().map(move |c| (p.group, c)));
+            let d = own.flat_map(|(g, c)| {
+                groups[g].completions[c].iter().map(move |_| if (g, c) == bad { value } else { 0.1 })
+            });
+            let d: Vec<f32> = d.collect();
+            assert_eq!(d.len(), values.len());
+            let n = scores.logprobs.len();
+            Ok((ScoreGrads { logprobs: vec![-0.1; n], entropies: vec![0.0; n] }, d))
+        },
+    );
+    let same = before == (policy.base.stored_values().to_vec(), critic.head.weights);
+    (result.map(|_| ()), same)
+}
+
+#[test]
+fn with_a_critic_the_completion_of_a_bad_gradient_is_found_too() {
+    for (bad, scored) in [((0, 1), true), ((1, 0), true), ((1, 0), false), ((0, 0), false)] {
+        for (head_only, expected) in [(false, "gradient"), (true, "critic's gradient")] {
+            let (result, unchanged) = judged_with(3e38, bad, scored, head_only);
+            let Err(EngineError::NonFinite { what, group, completion, token }) = result else {
+                panic!("{bad:?} {scored} {head_only}: {result:?}")
+            };
+            assert_eq!((what, (group, completion), token), (expected, bad, None));
+            assert!(unchanged, "{bad:?} {scored}");
+        }
+    }
+    let (result, unchanged) = judged_with(f32::NAN, (1, 1), true, false);
+    let Err(EngineError::NonFinite { what, group, completion, token }) = result else { panic!("{result:?}") };
+    assert_eq!((what, group, completion, token), ("value gradient", 1, 1, Some(0)));
+    assert!(unchanged);
+    let (result, unchanged) = judged_with(0.1, (0, 0), true, false);
     assert!(result.is_ok() && !unchanged);
 }
 
@@ -126,6 +192,26 @@ fn a_run_that_explodes_in_reinforcement_stops_with_the_sample_and_can_be_resumed
         std::fs::remove_dir_all(place.at(run).join("checkpoints/step-00000003")).unwrap();
         says(&resume(&place.at(run)), &["resuming after 2 steps", what]);
         assert_eq!(lines(&place.at(run).join("metrics.jsonl")).len(), 1);
+    }
+}
+
+#[test]
+fn a_gradient_that_overflows_names_its_sample_whatever_the_stage() {
+    let place = place();
+    for (name, stage, sets) in [
+        ("sft", r#"kind = "sft", steps = 3, batch = 4"#, vec![]),
+        (
+            "preference",
+            r#"kind = "preference", steps = 3, preference = { pairs = "demonstrations" }"#,
+            vec![],
+        ),
+        ("critic", r#"kind = "grpo", steps = 3"#, vec!["algorithm.preset=ppo"]),
+        ("separate", r#"kind = "grpo", steps = 3"#, vec!["algorithm.critic={ trunk = \"separate\" }"]),
+    ] {
+        let stages = format!("stage=[{{ {stage}, lr = 1e30 }}]");
+        let output = place.launch(name, &[&sets[..], &[&stages]].concat());
+        says(&output, &["gradient of completion ", "of row train-", "prompt ends \"", "optimizer.lr"]);
+        assert_eq!(output.status.code(), Some(1), "{name}: {}", stderr(&output));
     }
 }
 

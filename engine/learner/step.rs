@@ -7,7 +7,7 @@
 use rft_kernels::{Pool, Warp, sum_of_squares};
 
 use crate::config::OptimizerConfig;
-use crate::error::{EngineError, Result};
+use crate::error::Result;
 use crate::learner::batch::{GroupTokens, Piece, micro_batches, pack, rows};
 use crate::learner::critic::Critic;
 use crate::learner::gradient::check_finite;
@@ -24,6 +24,17 @@ pub struct ScoreGrads {
     /// d loss / d entropy.
     pub entropies: Vec<f32>,
 }
+
+impl ScoreGrads {
+    /// Those of the next micro-batch behind these.
+    pub(super) fn add(&mut self, next: Self) {
+        self.logprobs.extend(next.logprobs);
+        self.entropies.extend(next.entropies);
+    }
+}
+
+/// Stands where no logprob is computed.
+pub(super) const UNUSED: Warp = Warp { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0 };
 
 /// Rows of the largest micro-batch.
 pub(super) fn largest(groups: &[GroupTokens], batches: &[Vec<Piece>]) -> usize {
@@ -63,12 +74,20 @@ pub struct Learner {
     /// Optimizer state; saved in checkpoints.
     pub adam: AdamW,
     pub(super) max_rows: usize,
+    /// Rows of the largest micro-batch and of the largest update so far.
+    pub seen: (usize, usize),
 }
 
 impl Learner {
     /// A learner whose micro-batches hold at most `max_rows` rows.
     pub fn new(policy: &Policy, max_rows: usize) -> Self {
-        Self { trainer: Trainer::default(), grads: policy.new_grads(), adam: AdamW::default(), max_rows }
+        Self {
+            trainer: Trainer::default(),
+            grads: policy.new_grads(),
+            adam: AdamW::default(),
+            max_rows,
+            seen: (0, 0),
+        }
     }
 
     /// Makes the activations of the first `layers` layers again in the backward pass instead of keeping them.
@@ -185,9 +204,11 @@ impl Learner {
         let trains_trunk = !critic.as_ref().is_some_and(|c| c.head_only);
         let mut stats = UpdateStats::default();
         let weights = policy.weights();
-        let unused = Warp { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0 };
+        let (mut given, mut given_values) = (ScoreGrads::default(), Vec::new());
         let batches = micro_batches(groups, self.max_rows);
-        self.trainer.reserve_training(&weights, largest(groups, &batches), all_rows(groups, &batches));
+        let (micro, all) = (largest(groups, &batches), all_rows(groups, &batches));
+        self.seen = (self.seen.0.max(micro), self.seen.1.max(all));
+        self.trainer.reserve_training(&weights, micro, all);
         for pieces in batches {
             let batch = PackedBatch { update: Some(self.adam.updates), ..pack(groups, &pieces) };
             stats.rows += batch.tokens.len();
@@ -209,7 +230,7 @@ impl Learner {
                 self.trainer.values_backward(&batch, head, &d_values, grad);
             }
             if trains_trunk {
-                let warp = warp.unwrap_or(&unused);
+                let warp = warp.unwrap_or(&UNUSED);
                 self.trainer.backward(
                     pool,
                     &weights,
@@ -220,23 +241,15 @@ impl Learner {
                     &mut self.grads,
                 );
             }
+            given.add(d);
+            given_values.extend(d_values);
         }
         self.trainer.finish(pool, &weights, &mut self.grads);
         let own = if policy.adapter.is_some() { &self.grads.adapter } else { &self.grads.base };
         let head_grad = critic.as_ref().map_or(&[][..], |c| &c.critic.grad);
         let [squares, head_squares] = [&own[..], head_grad].map(|g| sum_of_squares(pool, g));
         if !squares.is_finite() || !head_squares.is_finite() {
-            return Err(match (warp, &critic) {
-                (Some(warp), None) => {
-                    let alone = |pieces: &[Piece], scores: &Scores| Ok(objective(pieces, scores, &[])?.0);
-                    self.culprit(pool, &weights, groups, warp, alone)?
-                }
-                _ => EngineError::Numeric(
-                    "the gradient of policy and critic is not finite though every loss term is; nothing was updated. \
-                     hint: lower optimizer.lr or algorithm.critic.lr"
-                        .into(),
-                ),
-            });
+            return Err(self.culprit(pool, &weights, groups, warp, &given, &given_values, critic));
         }
         if let Some(c) = critic {
             c.critic.step(pool, optimizer, c.lr);

@@ -155,6 +155,8 @@ pub struct Summary {
     pub rss_peak_bytes: u64,
     /// What the memory plan expected of steps of full length.
     pub memory_plan_bytes: u64,
+    /// The same of steps as long as they came.
+    pub memory_plan_seen_bytes: u64,
     /// Steps by health ([`crate::report::health::Health`]).
     pub health: Map<String, Value>,
     /// The same of supervised steps.

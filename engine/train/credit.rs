@@ -2,9 +2,12 @@
 
 use std::ops::Range;
 
+use serde_json::Value;
+
 use super::Run;
 use super::answer::GREEDY;
 use super::batch::{StepBatch, component_rows};
+use super::grpo::shortest;
 use crate::advantage::dense::{self, Steps};
 use crate::advantage::{
     Advantages, Combine, CreditRule, Rewards, compare, filter_groups, grouped, matrix_advantages, returns,
@@ -31,6 +34,18 @@ struct Scored<'a> {
     lengths: Vec<usize>,
     /// Reward of the greedy completion of each completion's prompt; empty without one.
     greedy: Vec<Option<f64>>,
+}
+
+impl Credit {
+    /// Puts into rows of samples.jsonl, the batch's completions first, the advantages of tokens that differ within one.
+    pub(super) fn show_by_token(&self, rows: &mut [Value], offsets: &[usize], completions: usize) {
+        for (row, span) in rows.iter_mut().zip(offsets.windows(2)).take(completions) {
+            let own = &self.by_token[span[0]..span[1]];
+            if let (Value::Object(row), true) = (row, own.iter().any(|a| *a != own[0])) {
+                row.insert("token_advantages".into(), own.iter().map(|a| shortest(*a)).collect());
+            }
+        }
+    }
 }
 
 impl Run {

@@ -277,8 +277,9 @@ impl Run {
             n => n,
         };
         let nothing = std::iter::repeat(&0.0);
-        let samples =
+        let mut samples =
             sample_rows(step, drawn.seen().take(logged), advantages.values.iter().take(fresh).chain(nothing));
+        credit.show_by_token(&mut samples, &batch.offsets, fresh);
         folder.samples(&samples)?;
         folder.metrics(step, &metrics.to_json())?;
         if self.state.data.measured.dropped.len() > dropped {
@@ -397,7 +398,7 @@ fn failure_key(e: &ErrorCount) -> String {
 }
 
 /// The number with the fewest digits that reads back as `x`: half as long in JSON as that of the widened number.
-fn shortest(x: f32) -> f64 {
+pub(super) fn shortest(x: f32) -> f64 {
     x.to_string().parse().unwrap_or_else(|_| f64::from(x))
 }
 

@@ -20,6 +20,7 @@ mod reference;
 mod replay;
 mod saved;
 mod sft;
+mod size;
 mod stage_rows;
 mod tasks;
 
@@ -173,7 +174,7 @@ impl Run {
             largest = largest.max((policy.trainable().trainable_len(), stage));
         }
         policy.choose_trained(&recipe.model, recipe.seed, largest.1)?;
-        let data = tasks.size(&recipe, positions - recipe.rollout.max_new_tokens);
+        let data = size::data_size(&recipe, &tasks, &stage_rows, prompt_tokens, positions);
         let plan = MemoryPlan::new(&recipe, &policy, reference_bytes(&recipe, &policy), data)?;
         policy.choose_trained(&recipe.model, recipe.seed, 0)?;
         let state = State {
@@ -303,8 +304,9 @@ impl Run {
             self.save(&checkpoints, &learner)?;
         }
         // what only training needs is given back before the model is written and measured
+        let seen = self.plan.seen(&self.policy, learner.seen);
         drop(learner);
-        self.finish(&mut engine, &folder, clock)
+        self.finish(&mut engine, &folder, &seen, clock)
     }
 
     /// Makes the algorithm that of `stage`; where that changes it, KL and entropy coefficients start anew.
@@ -340,7 +342,13 @@ impl Run {
         learning_rate(o.schedule, stage.lr.unwrap_or(o.lr), update, total, o.warmup_updates)
     }
 
-    fn finish(mut self, engine: &mut RolloutEngine, folder: &RunFolder, clock: Instant) -> Result<Summary> {
+    fn finish(
+        mut self,
+        engine: &mut RolloutEngine,
+        folder: &RunFolder,
+        seen: &MemoryPlan,
+        clock: Instant,
+    ) -> Result<Summary> {
         let root = folder.root();
         self.write_merged(&root.join("final"))?;
         let after = if self.measures() { Some(self.evaluate(engine)?) } else { None };
@@ -361,6 +369,7 @@ impl Run {
             learner_tokens_per_s: self.state.learner_rows as f64 / self.state.learner_seconds.max(1e-9),
             rss_peak_bytes: rss_peak_bytes(),
             memory_plan_bytes: self.plan.total() as u64,
+            memory_plan_seen_bytes: seen.total() as u64,
             health: self.state.health.counts(),
             sft_health: self.state.sft_health.counts(),
             final_model: "final".into(),
@@ -378,7 +387,7 @@ impl Run {
             eprint!("\n{}", self.state.matrix.to_text());
         }
         eprint!("\n{}", progress::places(root));
-        eprint!("{}", self.plan.beside(summary.rss_peak_bytes));
+        eprint!("{}", self.plan.beside(seen, summary.rss_peak_bytes));
         Ok(summary)
     }
 }

@@ -23,7 +23,12 @@ pub(super) enum StageRows {
 }
 
 impl StageRows {
-    fn len(&self) -> usize {
+    /// Whether they are other rows than those of the tasks.
+    pub(super) fn is_own(&self) -> bool {
+        matches!(self, Self::Judged(_))
+    }
+
+    pub(super) fn len(&self) -> usize {
         match self {
             Self::None => 0,
             Self::Demonstrations(rows) => rows.iter().filter(|r| !r.completion.is_empty()).count(),

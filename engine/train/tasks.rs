@@ -15,7 +15,6 @@ use crate::data::prompts::{Order, Renderer, Row, read_jsonl};
 use crate::data::template::{ChatTemplate, Moment};
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{EngineError, Result};
-use crate::memory::DataSize;
 use crate::model::source::ModelSource;
 use crate::types::{Prompt, TokenId};
 
@@ -41,31 +40,6 @@ pub(super) struct Task {
     pub(super) heldout: Range<usize>,
     /// Sum of the weights of its rewards.
     pub(super) full_reward: f64,
-}
-
-/// Steps that are looked at for the one with the longest prompts.
-const STEPS_SEEN: u64 = 2000;
-
-impl Tasks {
-    /// What the memory plan needs to know, where the longest prompt has `prompt_tokens`. Steps are taken as if rows came in
-    /// the order of the seed.
-    pub(super) fn size(&self, recipe: &Recipe, prompt_tokens: usize) -> DataSize {
-        let all = || self.train.iter().chain(&self.heldout).chain(&self.validation.prompts);
-        let mut order = Order::new(recipe.seed, self.train.len());
-        let per_step = recipe.rollout.prompts_per_step as u64;
-        // a run whose stages all have rows of their own may have none
-        let steps = if self.train.is_empty() { 0 } else { recipe.train.steps.min(STEPS_SEEN) };
-        let step = |step: u64| {
-            let places = step * per_step..(step + 1) * per_step;
-            places.map(|place| self.train[order.at(place)].tokens.len()).sum()
-        };
-        DataSize {
-            prompt_tokens,
-            step_prompt_tokens: (0..steps).map(step).max().unwrap_or(0),
-            rows: all().count(),
-            text: all().map(|p| p.text.len()).sum(),
-        }
-    }
 }
 
 pub(super) fn load_tasks(
