@@ -67,6 +67,24 @@ impl<T: Copy> Block<'_, T> {
         unsafe { self.start.add(r * self.stride) }
     }
 
+    /// Some elements of row r.
+    pub(crate) fn row_part(&self, r: usize, from: usize, len: usize) -> &[T] {
+        assert!(from + len <= self.columns);
+        // SAFETY: inside the row, which no other item touches.
+        unsafe { std::slice::from_raw_parts(self.row_start(r).add(from), len) }
+    }
+
+    /// As [`Block::row_part`], to be written.
+    ///
+    /// # Safety
+    /// No other part of the same elements is alive.
+    #[allow(clippy::mut_from_ref)]
+    pub(crate) unsafe fn row_part_mut(&self, r: usize, from: usize, len: usize) -> &mut [T] {
+        assert!(from + len <= self.columns);
+        // SAFETY: inside the row, which no other item touches.
+        unsafe { std::slice::from_raw_parts_mut(self.row_start(r).add(from), len) }
+    }
+
     /// Copies rows `r..r + rows` to the first columns of `to`, whose rows are a panel wide.
     pub(crate) fn read(&self, r: usize, rows: usize, to: &mut [T]) {
         for (i, to) in to.chunks_exact_mut(crate::panel::PANEL).take(rows).enumerate() {

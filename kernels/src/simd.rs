@@ -27,6 +27,10 @@ pub(crate) trait Simd: Copy {
     unsafe fn write(v: Self::V, p: *mut f32);
     /// Asks for the cache line at `p`, which may be any address.
     fn prefetch(p: *const f32);
+    /// As [`Simd::prefetch`], to the second cache level only.
+    fn prefetch_far(p: *const f32);
+    /// As [`Simd::prefetch`], in order to write to the line.
+    fn prefetch_write(p: *const f32);
     fn add(a: Self::V, b: Self::V) -> Self::V;
     fn sub(a: Self::V, b: Self::V) -> Self::V;
     fn mul(a: Self::V, b: Self::V) -> Self::V;
@@ -202,6 +206,10 @@ impl Simd for Portable {
     #[inline(always)]
     fn prefetch(_: *const f32) {}
     #[inline(always)]
+    fn prefetch_far(_: *const f32) {}
+    #[inline(always)]
+    fn prefetch_write(_: *const f32) {}
+    #[inline(always)]
     fn add(a: Self::V, b: Self::V) -> Self::V {
         lanewise!(|a, b| a + b)
     }
@@ -329,6 +337,14 @@ mod x86 {
         #[inline(always)]
         fn prefetch(p: *const f32) {
             hw!(_mm_prefetch::<_MM_HINT_T0>(p.cast()));
+        }
+        #[inline(always)]
+        fn prefetch_far(p: *const f32) {
+            hw!(_mm_prefetch::<_MM_HINT_T1>(p.cast()));
+        }
+        #[inline(always)]
+        fn prefetch_write(p: *const f32) {
+            hw!(std::arch::asm!("prefetchw [{}]", in(reg) p, options(nostack, preserves_flags, readonly)));
         }
         #[inline(always)]
         fn add(a: __m512, b: __m512) -> __m512 {
@@ -501,6 +517,14 @@ mod x86 {
         #[inline(always)]
         fn prefetch(p: *const f32) {
             hw!(_mm_prefetch::<_MM_HINT_T0>(p.cast()));
+        }
+        #[inline(always)]
+        fn prefetch_far(p: *const f32) {
+            hw!(_mm_prefetch::<_MM_HINT_T1>(p.cast()));
+        }
+        #[inline(always)]
+        fn prefetch_write(p: *const f32) {
+            hw!(std::arch::asm!("prefetchw [{}]", in(reg) p, options(nostack, preserves_flags, readonly)));
         }
         #[inline(always)]
         fn add(a: Pair, b: Pair) -> Pair {

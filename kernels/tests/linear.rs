@@ -214,6 +214,32 @@ fn large_bf16_products_have_the_bits_of_single_rows() {
     });
 }
 
+/// Sizes of which rows, inputs and sums are cut in every way; each sum is one chain of fused multiply-adds from first to last.
+#[test]
+fn large_f32_products_are_chains_in_order() {
+    let chain = |start: f32, factors: &mut dyn Iterator<Item = (f32, f32)>| {
+        factors.fold(start, |sum, (a, b)| a.mul_add(b, sum))
+    };
+    let results = on_every_isa(|_| {
+        for (m, n, k) in [(430, 1000, 330), (200, 210, 1601), (81, 33, 801)] {
+            let case = Case::new(m, n, k, 23);
+            for (write, start) in [(Write::Set, 0.0), (Write::Add, 0.5)] {
+                let all = case.run(3, false, write, start);
+                for i in 0..200 {
+                    let (r, o, j) = (i * 7919 % m, i * 104_729 % n, i * 1_299_709 % k);
+                    let y = chain(start, &mut (0..k).map(|j| (case.x[r * k + j], case.w[o * k + j])));
+                    let dx = chain(start, &mut (0..n).map(|o| (case.dy[r * n + o], case.w[o * k + j])));
+                    let dw = chain(start, &mut (0..m).map(|r| (case.dy[r * n + o], case.x[r * k + j])));
+                    assert_eq!(all[0][r * n + o].to_bits(), y.to_bits(), "y[{r}, {o}] of {m}, {n}, {k}");
+                    assert_eq!(all[1][r * k + j].to_bits(), dx.to_bits(), "dx[{r}, {j}] of {m}, {n}, {k}");
+                    assert_eq!(all[2][o * k + j].to_bits(), dw.to_bits(), "dW[{o}, {j}] of {m}, {n}, {k}");
+                }
+            }
+        }
+    });
+    assert!(!results.is_empty());
+}
+
 #[test]
 fn rows_are_looked_up_and_scattered_in_order() {
     let pool = Pool::new(3);

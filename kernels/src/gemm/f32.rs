@@ -1,19 +1,45 @@
-//! f32 products: one register tile of R rows × 32 outputs for forward and both gradients.
+//! f32 products: one register tile of up to 12 × 32 sums for forward and both gradients.
+//!
+//! The factor that a tile broadcasts lies in strips of 12, [step][12], the other one in panels, [step][32], so that both are read
+//! from end to end. Forward packs x to strips; the weight gradient packs x to strips of 12 inputs and dy to panels. The input
+//! gradient broadcasts the weights as they are and packs dy to panels of 32 rows: its sums are transposed at the end. Long sums
+//! are cut so that a piece of a panel stays in L1 while strips pass; they wait in f32, which changes no bit.
+
+use std::cell::RefCell;
+use std::ops::Range;
 
 use super::Write;
+use super::f32_pack::{STRIP, pack_columns, pack_rows, transpose_in, transpose_out};
+use super::f32_tile::{MOST_STEPS, across_panels, forward_panel, gradient_panel};
+use crate::buffer::Buffer;
 use crate::panel::PANEL;
 use crate::pool::Pool;
-use crate::shared::{Block, Shared};
-use crate::simd::{LANES, Simd, simd_fn};
+use crate::shared::Shared;
 
-/// Rows that one work item multiplies with a panel: with k ≤ 1536 they stay in a 2 MiB L2 beside the panel.
+/// Rows of a work item of the forward product: with k ≤ 1536 they stay in a 2 MiB L2 beside the panel.
 const ROW_BLOCK: usize = 192;
 
-/// Elements of a transposed part of the weights: 1 MiB, so that it is still in the caches when it is used.
-const TRANSPOSED: usize = 256 * 1024;
-
-/// Rows of a weight gradient that are added at a time: 576 inputs of them are half of a 2 MiB L2.
+/// Most rows of a weight gradient that are added at a time.
 const GRADIENT_ROWS: usize = 384;
+
+/// Elements of inputs of a weight gradient that are packed at a time: 1 MiB, so that they stay in L2.
+const PACKED: usize = 1 << 18;
+
+/// Strips of inputs that are packed together: 48 inputs are whole cache lines.
+const STRIPS: usize = 4;
+
+/// Rows of a work item of the input gradient.
+const GRADIENT_BLOCK: usize = 128;
+
+/// Most inputs of a work item of the input gradient: a piece of the weights stays in L2 beside the sums.
+const GRADIENT_INPUTS: usize = 768;
+
+thread_local! {
+    /// Packed factors of the product that this thread has started.
+    static LEFT: RefCell<Buffer<f32>> = RefCell::default();
+    /// Sums and packed rows of an item of the input gradient.
+    static WAITING: RefCell<(Buffer<f32>, Buffer<f32>)> = RefCell::default();
+}
 
 /// y[m, n] (+)= x[m, k]·Wᵀ for W in panels.
 pub(super) fn forward(
@@ -26,108 +52,9 @@ pub(super) fn forward(
     y: &mut [f32],
     write: Write,
 ) {
-    let left = View { start: x, row: k, step: 1 };
-    multiply(pool, left, m, w, n, k, y, write);
-}
-
-/// dx[m, k] (+)= dy[m, n]·W: parts of W are transposed to panels of k, over which the chains run on.
-pub(super) fn input_gradient(
-    pool: &Pool,
-    dy: &[f32],
-    m: usize,
-    w: &[f32],
-    n: usize,
-    k: usize,
-    dx: &mut [f32],
-    write: Write,
-    scratch: &mut Vec<f32>,
-) {
-    let panels = k.div_ceil(PANEL);
-    let part = (TRANSPOSED / (panels * PANEL).max(1)).next_multiple_of(PANEL);
-    if write == Write::Set && n == 0 {
-        dx.fill(0.0);
-    }
-    for from in (0..n).step_by(part) {
-        let steps = part.min(n - from);
-        scratch.resize(panels * PANEL * steps, 0.0);
-        let transposed = Shared::new(scratch);
-        pool.run(panels, |q| {
-            // SAFETY: each panel of the transpose belongs to one item.
-            let to = unsafe { transposed.part(q * PANEL * steps, PANEL * steps) };
-            transpose(w, k, from, q * PANEL, to);
-        });
-        let left = View { start: &dy[from..], row: n, step: 1 };
-        let write = if from == 0 { write } else { Write::Add };
-        multiply(pool, left, m, scratch, k, steps, dx, write);
-    }
-}
-
-simd_fn! {
-    /// to[i][lane] = W[from + i, column + lane] for 32 columns; zero beyond k.
-    fn transpose<S>(w: &[f32], k: usize, from: usize, column: usize, to: &mut [f32]) {
-        let lanes = PANEL.min(k - column);
-        for (p, to) in to.chunks_mut(PANEL * PANEL).enumerate() {
-            let panel = &w[((from / PANEL + p) * k + column) * PANEL..][..lanes * PANEL];
-            for half in 0..2 {
-                let (first, last) = (half * LANES, lanes.min(half * LANES + LANES));
-                for i in (0..PANEL).step_by(LANES) {
-                    let mut block = [S::splat(0.0); LANES];
-                    for lane in first..last {
-                        block[lane - first] = S::load(&panel[lane * PANEL + i..]);
-                    }
-                    S::transpose(&mut block);
-                    for (row, block) in block.into_iter().enumerate() {
-                        if let Some(to) = to.get_mut((i + row) * PANEL + first..).filter(|to| !to.is_empty()) {
-                            S::store(block, &mut to[..LANES]);
-                        }
-                    }
-                }
-            }
-        }
-    }
-}
-
-/// dW[n, k] += dyᵀ·x. A panel of dy is packed to [rows][32]; then x plays the left factor, one tile of dW for 12 inputs.
-pub(super) fn weight_gradient(
-    pool: &Pool,
-    dy: &[f32],
-    x: &[f32],
-    m: usize,
-    n: usize,
-    k: usize,
-    dw_panels: &mut [f32],
-) {
-    let dw = Shared::new(dw_panels);
-    // All panels take a block of rows before the next one, so that its part of x stays in the caches.
-    for from in (0..m).step_by(GRADIENT_ROWS) {
-        let rows = GRADIENT_ROWS.min(m - from);
-        pool.run(n.div_ceil(PANEL), |p| {
-            let lanes = PANEL.min(n - p * PANEL);
-            let mut packed = [0.0; GRADIENT_ROWS * PANEL];
-            for (r, to) in packed.chunks_exact_mut(PANEL).take(rows).enumerate() {
-                to[..lanes].copy_from_slice(&dy[(from + r) * n + p * PANEL..][..lanes]);
-            }
-            // SAFETY: each panel belongs to one item.
-            let panel = unsafe { dw.block(p * PANEL * k, PANEL, k, PANEL) };
-            let left = View { start: &x[from * k..], row: 1, step: k };
-            multiply_panel(left, &packed, rows, &panel, Write::Add);
-        });
-    }
-}
-
-fn multiply(
-    pool: &Pool,
-    left: View,
-    m: usize,
-    w: &[f32],
-    n: usize,
-    steps: usize,
-    y: &mut [f32],
-    write: Write,
-) {
     let panels = n.div_ceil(PANEL);
-    // Equal row blocks, so that no item is a sliver.
     let blocks = m.div_ceil(ROW_BLOCK);
+    // Equal row blocks, so that no item is a sliver.
     let block = if blocks == 0 { 0 } else { m.div_ceil(blocks) };
     // A few neighbouring panels an item where there are many: fewer, longer streams.
     let run = (panels * blocks / (pool.threads() * 8)).clamp(1, 8);
@@ -138,97 +65,126 @@ fn multiply(
         let rows = block.min(m - from);
         for p in item % runs * run..(item % runs * run + run).min(panels) {
             let columns = PANEL.min(n - p * PANEL);
-            let left = View { start: &left.start[from * left.row..], ..left };
-            let w = &w[p * PANEL * steps..][..PANEL * steps];
+            let panel = &w[p * PANEL * k..][..PANEL * k];
+            let next = w.get((p + 1) * PANEL * k..).filter(|next| !next.is_empty()).unwrap_or(panel);
             // SAFETY: these rows and columns belong to this item.
             let y = unsafe { y.block(from * n + p * PANEL, n, rows, columns) };
-            multiply_panel(left, w, steps, &y, write);
+            forward_panel(&x[from * k..], panel, next, k, &y, write);
         }
     });
 }
 
-/// A matrix of left factors: element (row, step) at `row·self.row + step·self.step`.
-#[derive(Clone, Copy)]
-struct View<'a> {
-    start: &'a [f32],
-    row: usize,
-    step: usize,
-}
-
-/// Rows of the largest tile.
-const MOST_ROWS: usize = 12;
-
-simd_fn! {
-    /// y[rows, ≤ 32] (+)= left[rows, steps]·w[steps, 32].
-    fn multiply_panel<S>(left: View, w: &[f32], steps: usize, y: &Block<f32>, write: Write) {
-        let rows = y.rows;
-        assert!(rows == 0 || steps == 0 || (rows - 1) * left.row + (steps - 1) * left.step < left.start.len());
-        assert!(steps * PANEL <= w.len() && y.columns <= PANEL);
-        let tiles = rows.div_ceil(S::TILE_ROWS);
-        let mut part = [0.0; MOST_ROWS * PANEL];
-        for t in 0..tiles {
-            // Equal tiles: 13 rows are 7 + 6.
-            let (r, end) = (t * rows / tiles, (t + 1) * rows / tiles);
-            let whole = y.columns == PANEL;
-            if !whole && write == Write::Add {
-                y.read(r, end - r, &mut part);
-            }
-            // SAFETY: the asserts above cover these rows of `left` and all of `w`; the block holds the rows of y.
-            unsafe {
-                let a = left.start.as_ptr().add(r * left.row);
-                let (c, c_row) = if whole { (y.row_start(r), y.stride) } else { (part.as_mut_ptr(), PANEL) };
-                macro_rules! sizes {
-                    ($($n:literal)+) => {
-                        match end - r {
-                            $($n => tile::<S, $n>(a, left.row, left.step, w.as_ptr(), steps, c, c_row, write),)+
-                            _ => unreachable!("tiles have 1 to 12 rows"),
-                        }
-                    };
-                }
-                sizes!(1 2 3 4 5 6 7 8 9 10 11 12);
-            }
-            if !whole {
-                y.write(r, end - r, &part);
-            }
+/// dW[n, k] += dyᵀ·x.
+pub(super) fn weight_gradient(
+    pool: &Pool,
+    dy: &[f32],
+    x: &[f32],
+    m: usize,
+    n: usize,
+    k: usize,
+    dw_panels: &mut [f32],
+) {
+    let dw = Shared::new(dw_panels);
+    let strips = k.div_ceil(STRIP);
+    let most = (PACKED / (strips * STRIP).max(1) / PANEL * PANEL).clamp(96, GRADIENT_ROWS);
+    LEFT.with_borrow_mut(|left| {
+        // All panels take a block of rows before the next one, so that its part of x stays in the caches.
+        for from in (0..m).step_by(most) {
+            let rows = most.min(m - from);
+            left.reserve(strips * STRIP * rows);
+            let packed = Shared::new(left);
+            pool.run(strips.div_ceil(STRIPS), |group| {
+                let first = group * STRIPS;
+                let count = STRIPS.min(strips - first);
+                // SAFETY: each group of strips belongs to one item.
+                let to = unsafe { packed.part(first * STRIP * rows, count * STRIP * rows) };
+                pack_rows(&x[from * k + first * STRIP..], k, rows, k - first * STRIP, STRIP, to);
+            });
+            let left: &[f32] = left;
+            pool.run(n.div_ceil(PANEL), |p| {
+                let lanes = PANEL.min(n - p * PANEL);
+                let mut panel = Aligned([0.0; GRADIENT_ROWS * PANEL]);
+                let panel = &mut panel.0[..rows * PANEL];
+                pack_rows(&dy[from * n + p * PANEL..], n, rows, lanes, PANEL, panel);
+                // SAFETY: each panel belongs to one item.
+                let sums = unsafe { dw.block(p * PANEL * k, PANEL, k, PANEL) };
+                gradient_panel(left, panel, rows, &sums);
+            });
         }
-    }
+    });
 }
 
-/// R rows × 32 outputs in registers, over all steps.
-///
-/// # Safety
-/// `a` is readable at `i·a_row + t·a_step` for i < R, t < steps; `w` for 32·steps; 32 elements at `c + i·c_row` are the caller's.
-#[inline(always)]
-unsafe fn tile<S: Simd, const R: usize>(
-    a: *const f32,
-    a_row: usize,
-    a_step: usize,
-    w: *const f32,
-    steps: usize,
-    c: *mut f32,
-    c_row: usize,
+/// Starts at a cache line.
+#[repr(align(64))]
+struct Aligned<T>(T);
+
+/// dx[m, k] (+)= dy[m, n]·W, whose sums run over n.
+pub(super) fn input_gradient(
+    pool: &Pool,
+    dy: &[f32],
+    m: usize,
+    w: &[f32],
+    n: usize,
+    k: usize,
+    dx: &mut [f32],
     write: Write,
 ) {
-    // SAFETY: promised by the caller.
-    unsafe {
-        let mut sums = [[S::splat(0.0); 2]; R];
-        if write == Write::Add {
-            for i in 0..R {
-                sums[i] = [S::read(c.add(i * c_row)), S::read(c.add(i * c_row + LANES))];
-            }
+    if m == 0 || k == 0 {
+        return;
+    }
+    let blocks = m.div_ceil(GRADIENT_BLOCK);
+    let block = m.div_ceil(blocks).next_multiple_of(PANEL);
+    // More items than threads, none of a sliver of inputs.
+    let parts =
+        k.div_ceil(GRADIENT_INPUTS).max((pool.threads() * 4).div_ceil(blocks).min(k / (8 * STRIP))).max(1);
+    let part = k.div_ceil(parts).next_multiple_of(STRIP);
+    let parts = k.div_ceil(part);
+    let dx = Shared::new(dx);
+    pool.run(blocks * parts, |item| {
+        let rows = item / parts * block..m.min((item / parts + 1) * block);
+        let inputs = item % parts * part..k.min((item % parts + 1) * part);
+        if !rows.is_empty() {
+            WAITING.with_borrow_mut(|(sums, packed)| {
+                gradient_block(dy, rows, w, n, k, inputs, &dx, write, sums, packed);
+            });
         }
-        for t in 0..steps {
-            let w0 = S::read(w.add(t * PANEL));
-            let w1 = S::read(w.add(t * PANEL + LANES));
-            for i in 0..R {
-                let x = S::splat(*a.add(i * a_row + t * a_step));
-                sums[i][0] = S::fma(x, w0, sums[i][0]);
-                sums[i][1] = S::fma(x, w1, sums[i][1]);
-            }
-        }
-        for i in 0..R {
-            S::write(sums[i][0], c.add(i * c_row));
-            S::write(sums[i][1], c.add(i * c_row + LANES));
+    });
+}
+
+/// Some inputs of the gradient of some rows.
+fn gradient_block(
+    dy: &[f32],
+    rows: Range<usize>,
+    w: &[f32],
+    n: usize,
+    k: usize,
+    inputs: Range<usize>,
+    dx: &Shared<f32>,
+    write: Write,
+    sums: &mut Buffer<f32>,
+    packed: &mut Buffer<f32>,
+) {
+    // SAFETY: these rows and inputs belong to one item.
+    let dx = unsafe { dx.block(rows.start * k + inputs.start, k, rows.len(), inputs.len()) };
+    let strips = rows.len().div_ceil(PANEL);
+    let stride = inputs.len() * PANEL;
+    sums.reserve(strips * stride);
+    packed.reserve(PANEL * MOST_STEPS);
+    let sums = &mut sums[..strips * stride];
+    match write {
+        Write::Set => sums.fill(0.0),
+        Write::Add => transpose_in(&dx, sums),
+    }
+    for from in (0..n).step_by(MOST_STEPS) {
+        let steps = MOST_STEPS.min(n - from);
+        let weights = &w[from * k..];
+        for (s, sums) in sums.chunks_exact_mut(stride).enumerate() {
+            let first = rows.start + s * PANEL;
+            let count = PANEL.min(rows.end - first);
+            let packed = &mut packed[..steps * PANEL];
+            pack_columns(&dy[first * n + from..], n, count, steps, packed);
+            across_panels(weights, k, inputs.clone(), packed, steps, count, sums, (s, strips));
         }
     }
+    transpose_out(sums, &dx);
 }

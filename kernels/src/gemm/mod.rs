@@ -14,6 +14,8 @@ mod bf16;
 mod bf16_pack;
 mod bf16_product;
 mod f32;
+mod f32_pack;
+mod f32_tile;
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) use amx::Tiles;
@@ -74,7 +76,7 @@ pub fn linear(pool: &Pool, x: &[f32], m: usize, w: Matrix, y: &mut [f32], write:
 
 /// dx[m, k] = dy[m, n]·W, summed over n ascending. With bf16 weights dy is rounded to bf16 and sums are f32.
 ///
-/// `scratch` is reused from call to call; it holds a transposed part of the weights.
+/// `scratch` would be reused from call to call; no product fills it today.
 pub fn linear_dx(
     pool: &Pool,
     dy: &[f32],
@@ -90,7 +92,7 @@ pub fn linear_dx(
     match (w.quantized, w.bf16) {
         (Some(quantized), _) => quantized.linear_dx(pool, dy, m, dx, write, scratch),
         (_, Some(bf16)) => bf16::input_gradient(pool, dy, m, bf16, w.n, w.k, dx, write),
-        (_, None) => f32::input_gradient(pool, dy, m, w.f32, w.n, w.k, dx, write, scratch),
+        (_, None) => f32::input_gradient(pool, dy, m, w.f32, w.n, w.k, dx, write),
     }
 }
 
