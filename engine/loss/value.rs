@@ -24,7 +24,8 @@ pub struct CriticConfig {
     pub lr: Option<f64>,
     /// Discount a token.
     pub gamma: f64,
-    /// Weight of far against near values in the advantage (GAE, arXiv 1506.02438, eq. 16).
+    /// Weight of far against near values in the advantage (GAE, arXiv 1506.02438, eq. 16). Below 1 the early tokens of a
+    /// completion learn from the critic's values instead of its reward, which takes a critic that knows something.
     pub lambda: f64,
     /// How far a value may move from that before the update until its loss stops pushing.
     pub clip: f64,
@@ -43,7 +44,7 @@ impl Default for CriticConfig {
         Self {
             lr: None,
             gamma: 1.0,
-            lambda: 0.95,
+            lambda: 1.0,
             clip: 0.2,
             coefficient: 0.1,
             whiten: true,
