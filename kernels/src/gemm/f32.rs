@@ -20,13 +20,16 @@ use crate::shared::Shared;
 const ROW_BLOCK: usize = 192;
 
 /// Most rows of a weight gradient that are added at a time.
-const GRADIENT_ROWS: usize = 384;
+const GRADIENT_ROWS: usize = 192;
 
 /// Elements of inputs of a weight gradient that are packed at a time: 1 MiB, so that they stay in L2.
 const PACKED: usize = 1 << 18;
 
-/// Strips of inputs that are packed together: 48 inputs are whole cache lines.
-const STRIPS: usize = 4;
+/// Rows of inputs that are packed together.
+const CHUNK: usize = 16;
+
+/// Most panels of a work item of the weight gradient.
+const PANELS: usize = 4;
 
 /// Rows of a work item of the input gradient.
 const GRADIENT_BLOCK: usize = 128;
@@ -37,8 +40,10 @@ const GRADIENT_INPUTS: usize = 768;
 thread_local! {
     /// Packed factors of the product that this thread has started.
     static LEFT: RefCell<Buffer<f32>> = RefCell::default();
-    /// Sums and packed rows of an item of the input gradient.
-    static WAITING: RefCell<(Buffer<f32>, Buffer<f32>)> = RefCell::default();
+    /// Rows that an item of a gradient has packed.
+    static PACKED_ROWS: RefCell<Buffer<f32>> = RefCell::default();
+    /// Sums of an item of the input gradient.
+    static WAITING: RefCell<Buffer<f32>> = RefCell::default();
 }
 
 /// y[m, n] (+)= x[m, k]·Wᵀ for W in panels.
@@ -87,36 +92,43 @@ pub(super) fn weight_gradient(
     let dw = Shared::new(dw_panels);
     let strips = k.div_ceil(STRIP);
     let most = (PACKED / (strips * STRIP).max(1) / PANEL * PANEL).clamp(96, GRADIENT_ROWS);
+    let panels = n.div_ceil(PANEL);
+    let run = (panels / (pool.threads() * 4)).clamp(1, PANELS);
     LEFT.with_borrow_mut(|left| {
         // All panels take a block of rows before the next one, so that its part of x stays in the caches.
         for from in (0..m).step_by(most) {
             let rows = most.min(m - from);
             left.reserve(strips * STRIP * rows);
             let packed = Shared::new(left);
-            pool.run(strips.div_ceil(STRIPS), |group| {
-                let first = group * STRIPS;
-                let count = STRIPS.min(strips - first);
-                // SAFETY: each group of strips belongs to one item.
-                let to = unsafe { packed.part(first * STRIP * rows, count * STRIP * rows) };
-                pack_rows(&x[from * k + first * STRIP..], k, rows, k - first * STRIP, STRIP, to);
+            pool.run(rows.div_ceil(CHUNK), |chunk| {
+                let first = chunk * CHUNK;
+                let count = CHUNK.min(rows - first);
+                for strip in 0..strips {
+                    let x = &x[(from + first) * k + strip * STRIP..];
+                    // SAFETY: these rows of each strip belong to one item.
+                    let to = unsafe { packed.part((strip * rows + first) * STRIP, count * STRIP) };
+                    pack_rows(x, k, count, k - strip * STRIP, STRIP, to);
+                }
             });
             let left: &[f32] = left;
-            pool.run(n.div_ceil(PANEL), |p| {
-                let lanes = PANEL.min(n - p * PANEL);
-                let mut panel = Aligned([0.0; GRADIENT_ROWS * PANEL]);
-                let panel = &mut panel.0[..rows * PANEL];
-                pack_rows(&dy[from * n + p * PANEL..], n, rows, lanes, PANEL, panel);
-                // SAFETY: each panel belongs to one item.
-                let sums = unsafe { dw.block(p * PANEL * k, PANEL, k, PANEL) };
-                gradient_panel(left, panel, rows, &sums);
+            pool.run(panels.div_ceil(run), |item| {
+                let some = item * run..panels.min((item + 1) * run);
+                PACKED_ROWS.with_borrow_mut(|packed| {
+                    packed.reserve(PANELS * GRADIENT_ROWS * PANEL);
+                    let packed = &mut packed[..some.len() * rows * PANEL];
+                    // Neighbouring panels together, as a row of each is no more than two lines of a page.
+                    let dy = &dy[from * n + some.start * PANEL..];
+                    pack_rows(dy, n, rows, n - some.start * PANEL, PANEL, packed);
+                    for (p, panel) in some.zip(packed.chunks_exact(rows * PANEL)) {
+                        // SAFETY: each panel belongs to one item.
+                        let sums = unsafe { dw.block(p * PANEL * k, PANEL, k, PANEL) };
+                        gradient_panel(left, panel, rows, &sums);
+                    }
+                });
             });
         }
     });
 }
-
-/// Starts at a cache line.
-#[repr(align(64))]
-struct Aligned<T>(T);
 
 /// dx[m, k] (+)= dy[m, n]·W, whose sums run over n.
 pub(super) fn input_gradient(
@@ -144,8 +156,10 @@ pub(super) fn input_gradient(
         let rows = item / parts * block..m.min((item / parts + 1) * block);
         let inputs = item % parts * part..k.min((item % parts + 1) * part);
         if !rows.is_empty() {
-            WAITING.with_borrow_mut(|(sums, packed)| {
-                gradient_block(dy, rows, w, n, k, inputs, &dx, write, sums, packed);
+            WAITING.with_borrow_mut(|sums| {
+                PACKED_ROWS.with_borrow_mut(|packed| {
+                    gradient_block(dy, rows, w, n, k, inputs, &dx, write, sums, packed);
+                });
             });
         }
     });
