@@ -3,7 +3,7 @@
 //! Data goes to stdout, everything else to stderr; the exit code is 0 only on success (130 after Ctrl-C).
 
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -14,7 +14,7 @@ use serde_json::{Map, Value, json};
 
 use crate::bench::BenchCommand;
 use crate::config::{Precision, Recipe, RewardConfig, parse_precision};
-use crate::data::prompts::{Renderer, Row, read_jsonl};
+use crate::data::prompts::{Places, Renderer, Row, read_jsonl, read_placed};
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{EngineError, Result};
 use crate::eval::{Evaluation, Trial};
@@ -413,7 +413,7 @@ impl Loaded {
         rows: &[Row],
         template: Option<&str>,
         rendering: &PromptArgs,
-        file: Option<&Path>,
+        places: Option<&Places>,
     ) -> Result<Vec<Arc<Prompt>>> {
         let chat = match rendering.raw {
             true => None,
@@ -424,7 +424,7 @@ impl Loaded {
             system: rendering.system.as_deref(),
             chat: chat.as_ref(),
             tokenizer: &self.tokenizer,
-            files: file.as_slice(),
+            places,
         };
         rows.iter().enumerate().map(|(i, row)| renderer.prompt(i, row).map(Arc::new)).collect()
     }
@@ -463,14 +463,14 @@ fn print_line(value: &Value) -> Result<()> {
 }
 
 fn eval(args: &EvalArgs) -> Result<()> {
-    let mut rows = read_jsonl(&args.data)?;
+    let (mut rows, places) = read_placed(&args.data)?;
     if args.limit > 0 {
         rows.truncate(args.limit);
     }
     let rewards = args.reward.iter().map(|r| reward_config(r)).collect::<Vec<_>>();
     let mut loaded = Loaded::open(&args.model)?;
     let scorer = Scorer::new(&rewards, loaded.pool.threads())?;
-    let prompts = loaded.prompts(&rows, args.prompt.as_deref(), &args.rendering, Some(&args.data))?;
+    let prompts = loaded.prompts(&rows, args.prompt.as_deref(), &args.rendering, Some(&places))?;
     let sampling = loaded.sampling(&args.sampling)?;
     loaded.prepare(longest(&prompts) + sampling.max_new_tokens, args.model.precision)?;
     let mut engine = loaded.engine(&prompts, args.samples, sampling.max_new_tokens);
@@ -515,13 +515,16 @@ fn reward_config(script: &str) -> RewardConfig {
 }
 
 fn generate(args: &GenerateArgs) -> Result<()> {
-    let (rows, template) = match (&args.data, &args.prompt) {
-        (Some(path), template) => (read_jsonl(path)?, template.as_deref()),
-        (None, Some(prompt)) => (vec![Map::from_iter([("prompt".to_string(), json!(prompt))])], None),
+    let (rows, places, template) = match (&args.data, &args.prompt) {
+        (Some(path), template) => {
+            let (rows, places) = read_placed(path)?;
+            (rows, Some(places), template.as_deref())
+        }
+        (None, Some(prompt)) => (vec![Map::from_iter([("prompt".to_string(), json!(prompt))])], None, None),
         (None, None) => unreachable!("clap requires one of them"),
     };
     let mut loaded = Loaded::open(&args.model)?;
-    let prompts = loaded.prompts(&rows, template, &args.rendering, args.data.as_deref())?;
+    let prompts = loaded.prompts(&rows, template, &args.rendering, places.as_ref())?;
     let sampling = loaded.sampling(&args.sampling)?;
     loaded.prepare(longest(&prompts) + sampling.max_new_tokens, args.model.precision)?;
     let mut engine = loaded.engine(&prompts, args.n, sampling.max_new_tokens);

@@ -29,7 +29,7 @@ fn template(source: &str) -> ChatTemplate {
 }
 
 fn reader<'a>(tokenizer: &'a Tokenizer, chat: Option<&'a ChatTemplate>) -> Reader<'a> {
-    Reader { renderer: Renderer { template: None, system: None, chat, tokenizer, files: &[] } }
+    Reader { renderer: Renderer { template: None, system: None, chat, tokenizer, places: None } }
 }
 
 fn row(value: Value) -> Row {

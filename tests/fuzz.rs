@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rft_engine::config::{DEFAULT_RECIPE, Recipe};
-use rft_engine::data::prompts::{Renderer, read_jsonl};
+use rft_engine::data::prompts::{Renderer, read_placed};
 use rft_engine::data::template::ChatTemplate;
 use rft_engine::data::tokenizer::Tokenizer;
 use rft_engine::model::peft::PeftAdapter;
@@ -531,14 +531,19 @@ fn fuzz_prompt_rows() {
     // the tokenizers crate takes some 400 bytes for each byte of a text, of which a prompt may have 512 KiB
     fuzz("prompt rows", Limits { bytes: 256 << 20, ..Limits::default() }, make, |bytes| {
         std::fs::write(&path, bytes).unwrap();
-        let Ok(rows) = read_jsonl(&path) else { return false };
+        let Ok((rows, places)) = read_placed(&path) else { return false };
         let mut good = true;
         for (i, row) in rows.iter().enumerate() {
             for (template, chat) in
                 [(None, None), (None, Some(&chat)), (Some("{question} {{n}} {n}"), Some(&chat))]
             {
-                let renderer =
-                    Renderer { template, system: Some("s"), chat, tokenizer: &tokenizer, files: &[&path] };
+                let renderer = Renderer {
+                    template,
+                    system: Some("s"),
+                    chat,
+                    tokenizer: &tokenizer,
+                    places: Some(&places),
+                };
                 good &= renderer.prompt(i, row).is_ok() || template.is_some() || chat.is_none();
             }
         }

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use rayon::prelude::*;
 use serde_json::{Map, Value, json};
 
-use crate::data::prompts::{Renderer, Row, read_jsonl, row_id};
+use crate::data::prompts::{Renderer, Row, read_placed, row_id};
 use crate::error::{EngineError, Result};
 use crate::types::{Prompt, TokenId};
 
@@ -44,25 +44,18 @@ pub struct Judged {
 /// Reads the rows of a file as `parse` takes them; an error names the file and the line.
 ///
 /// # Errors
-/// As [`read_jsonl`]; what `parse` refuses.
+/// As [`read_placed`]; what `parse` refuses.
 pub fn read_rows<T: Send>(
     path: &Path,
     parse: impl Fn(usize, &Row) -> std::result::Result<T, String> + Sync,
 ) -> Result<Vec<T>> {
-    let rows = read_jsonl(path)?;
+    let (rows, places) = read_placed(path)?;
     let parsed: Vec<std::result::Result<T, String>> =
         rows.par_iter().enumerate().map(|(i, row)| parse(i, row)).collect();
     let refused = |(i, parsed): (usize, std::result::Result<T, String>)| {
-        parsed.map_err(|message| EngineError::malformed(path, format!("line {}", line_of(path, i)), message))
+        parsed.map_err(|message| EngineError::malformed(path, format!("line {}", places.lines[i]), message))
     };
     parsed.into_iter().enumerate().map(refused).collect()
-}
-
-/// Number of the line that row `index` of a JSONL file stands on.
-fn line_of(path: &Path, index: usize) -> usize {
-    let text = std::fs::read_to_string(path).unwrap_or_default();
-    let mut lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
-    lines.nth(index).map_or(index, |(i, _)| i) + 1
 }
 
 /// Turns rows into tokens.

@@ -1,6 +1,6 @@
 //! Rows to prompts: JSONL files, templates with `{field}` placeholders, and an order that resumes from one number.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde_json::{Map, Value, json};
@@ -19,26 +19,50 @@ pub type Row = Map<String, Value>;
 /// # Errors
 /// An unreadable or empty file; a line that is not a JSON object, by number.
 pub fn read_jsonl(path: &Path) -> Result<Vec<Row>> {
+    Ok(read_placed(path)?.0)
+}
+
+/// Where rows stand: a file and a line for each row, from 1. Rows are split and errors name where they came from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Places {
+    /// The file.
+    pub path: PathBuf,
+    /// One line a row.
+    pub lines: Vec<usize>,
+}
+
+impl Places {
+    /// The error of row `index`, called `id`.
+    pub fn error(&self, index: usize, id: &str, message: String) -> EngineError {
+        let place = match self.lines.get(index) {
+            Some(line) => format!("line {line} (row {id})"),
+            None => format!("row {id}"),
+        };
+        EngineError::malformed(&self.path, place, message)
+    }
+}
+
+/// As [`read_jsonl`], with the line of each row.
+///
+/// # Errors
+/// As [`read_jsonl`].
+pub fn read_placed(path: &Path) -> Result<(Vec<Row>, Places)> {
     let text = std::fs::read_to_string(path).map_err(EngineError::io(path))?;
-    let mut rows = Vec::new();
+    let (mut rows, mut lines) = (Vec::new(), Vec::new());
     for (i, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
         let bad = |message: String| EngineError::malformed(path, format!("line {}", i + 1), message);
         match serde_json::from_str(line).map_err(|e| bad(format!("broken JSON: {e}")))? {
-            Value::Object(row) => rows.push(row),
+            Value::Object(row) => {
+                rows.push(row);
+                lines.push(i + 1);
+            }
             other => return Err(bad(format!("expected an object {{…}}, found {}", kind(&other)))),
         }
     }
     if rows.is_empty() {
         return Err(EngineError::malformed(path, "file", "holds no row; hint: one JSON object a line"));
     }
-    Ok(rows)
-}
-
-/// Line of a file's first row that equals `row`, from 1: rows are shuffled and split, and errors name where they came from.
-fn line_of(path: &Path, row: &Row) -> Option<usize> {
-    let text = std::fs::read_to_string(path).ok()?;
-    let same = |line: &str| serde_json::from_str::<Row>(line).is_ok_and(|found| found == *row);
-    text.lines().position(same).map(|at| at + 1)
+    Ok((rows, Places { path: path.into(), lines }))
 }
 
 fn kind(value: &Value) -> &'static str {
@@ -76,8 +100,8 @@ pub struct Renderer<'a> {
     pub chat: Option<&'a ChatTemplate>,
     /// The model's tokenizer.
     pub tokenizer: &'a Tokenizer,
-    /// The files that rows come from, for errors.
-    pub files: &'a [&'a Path],
+    /// Where the rows stand, for errors.
+    pub places: Option<&'a Places>,
 }
 
 impl Renderer<'_> {
@@ -88,7 +112,7 @@ impl Renderer<'_> {
     /// cannot express.
     pub fn prompt(&self, index: usize, row: &Row) -> Result<Prompt> {
         self.prompt_within(index, row, usize::MAX)?.ok_or_else(|| {
-            self.bad(&row_id(index, row), row, format!("its prompt is longer than {} KiB", MAX_TEXT >> 10))
+            self.bad(index, &row_id(index, row), format!("its prompt is longer than {} KiB", MAX_TEXT >> 10))
         })
     }
 
@@ -98,9 +122,12 @@ impl Renderer<'_> {
     /// As [`Renderer::prompt`].
     pub fn prompt_within(&self, index: usize, row: &Row, max_tokens: usize) -> Result<Option<Prompt>> {
         let id = row_id(index, row);
-        let bad = |message: String| self.bad(&id, row, message);
+        let bad = |message: String| self.bad(index, &id, message);
         let messages = match (self.template, row.get("prompt"), row.get("messages")) {
-            (Some(template), ..) => Content::Text(fill(template, row).map_err(bad)?),
+            (Some(template), ..) => match fill(template, row).map_err(bad)? {
+                text if text.len() > MAX_TEXT => return Ok(None),
+                text => Content::Text(text),
+            },
             // before it is copied for the template
             (None, Some(Value::String(prompt)), _) if prompt.len() > MAX_TEXT => return Ok(None),
             (None, Some(Value::String(prompt)), _) => Content::Text(prompt.clone()),
@@ -140,9 +167,9 @@ impl Renderer<'_> {
         }))
     }
 
-    fn bad(&self, id: &str, row: &Row, message: String) -> EngineError {
-        match self.files.iter().find_map(|path| Some((path, line_of(path, row)?))) {
-            Some((path, line)) => EngineError::malformed(*path, format!("line {line} (row {id})"), message),
+    fn bad(&self, index: usize, id: &str, message: String) -> EngineError {
+        match self.places {
+            Some(places) => places.error(index, id, message),
             None => EngineError::Config(format!("row {id}: {message}")),
         }
     }
@@ -264,13 +291,19 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("d.jsonl");
         std::fs::write(&path, "{\"prompt\": \"a\"}\n\n{\"prompt\": 1}\n").unwrap();
-        let rows = read_jsonl(&path).unwrap();
+        let (rows, places) = read_placed(&path).unwrap();
         let tokenizer = Tokenizer::from_characters("a ", &[], &["<eos>"], "<eos>").unwrap();
-        let files = [path.as_path()];
-        let renderer =
-            Renderer { template: None, system: None, chat: None, tokenizer: &tokenizer, files: &files };
-        let error = renderer.prompt(0, &rows[1]).unwrap_err().to_string();
-        assert!(error.contains("d.jsonl") && error.contains("line 3"), "{error}");
+        let renderer = Renderer {
+            template: None,
+            system: None,
+            chat: None,
+            tokenizer: &tokenizer,
+            places: Some(&places),
+        };
+        // a refused row is named without another look at the file, which may be large or gone
+        std::fs::remove_file(&path).unwrap();
+        let error = renderer.prompt(1, &rows[1]).unwrap_err().to_string();
+        assert!(error.contains("d.jsonl: line 3 (row 1)"), "{error}");
         assert_eq!(renderer.prompt(0, &rows[0]).unwrap().text, "a");
         let absurd = Row::from_iter([("prompt".to_string(), json!("a".repeat(MAX_TEXT + 1)))]);
         assert!(renderer.prompt(7, &absurd).unwrap_err().to_string().contains("row 7"));

@@ -186,7 +186,7 @@ impl Run {
     /// Each group's demonstration before its own completions; one that says the same is no pair.
     fn against_demonstrations(&self, drawn: Drawn) -> Result<Ranked> {
         let renderer =
-            Renderer { template: None, system: None, chat: None, tokenizer: &self.tokenizer, files: &[] };
+            Renderer { template: None, system: None, chat: None, tokenizer: &self.tokenizer, places: None };
         let (mut choices, mut demonstrations) = (Vec::new(), Vec::new());
         for scored in &drawn.groups {
             let prompt = &scored.group.prompt;

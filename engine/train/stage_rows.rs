@@ -1,12 +1,10 @@
 //! Rows of single stages: demonstrations and judged completions, read before a run starts.
 
-use std::path::{Path, PathBuf};
-
 use super::Run;
 use super::tasks::Tasks;
 use crate::config::{PairSource, Recipe, StageConfig, StageKind};
 use crate::data::examples::{Demonstration, Judged, Reader, read_rows};
-use crate::data::prompts::{Order, Renderer, Row};
+use crate::data::prompts::{Order, Renderer};
 use crate::data::template::Moment;
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{EngineError, Result};
@@ -73,7 +71,7 @@ pub(super) fn load_stage_rows(
         system: data.system.as_deref(),
         chat: chat.as_ref(),
         tokenizer,
-        files: &[],
+        places: None,
     };
     let reader = Reader { renderer };
     let limit = source.map_or(usize::MAX, |s| s.spec().max_positions);
@@ -163,7 +161,6 @@ fn of_tasks(
     let mut all = Vec::with_capacity(tasks.train.len());
     for ((task, config), weight) in tasks.list.iter().zip(recipe.tasks()).zip(recipe.task_weights(stage)) {
         let renderer = Renderer { system: config.system.as_deref(), ..reader.renderer };
-        let path: PathBuf = config.path.unwrap_or_else(|| "arithmetic".into());
         for prompt in &tasks.train[task.train.clone()] {
             if weight == 0.0 {
                 all.push(Demonstration::default());
@@ -171,22 +168,15 @@ fn of_tasks(
             }
             let read =
                 (Reader { renderer }).demonstration(prompt.index, &prompt.fields, Some(&prompt.tokens));
-            let mut row = read.map_err(|message| {
-                let place = line_with(&path, &prompt.fields).unwrap_or(format!("row {}", prompt.id));
-                EngineError::malformed(&path, place, message)
+            let mut row = read.map_err(|message| match &task.places {
+                Some(places) => places.error(prompt.index - task.first_row, &prompt.id, message),
+                None => EngineError::Config(format!("row {}: {message}", prompt.id)),
             })?;
             row.id.clone_from(&prompt.id);
             all.push(row);
         }
     }
     Ok(all)
-}
-
-/// The line that holds these very fields.
-fn line_with(path: &Path, fields: &Row) -> Option<String> {
-    let text = std::fs::read_to_string(path).ok()?;
-    let same = |line: &str| serde_json::from_str::<Row>(line).is_ok_and(|row| row == *fields);
-    text.lines().position(same).map(|i| format!("line {}", i + 1))
 }
 
 /// What is too long for a stage.

@@ -11,7 +11,7 @@ use super::amft::Validating;
 use crate::config::{Recipe, TaskConfig};
 use crate::data::arithmetic::{self, Split};
 use crate::data::feed::Feed;
-use crate::data::prompts::{Order, Renderer, Row, read_jsonl};
+use crate::data::prompts::{Order, Places, Renderer, Row, read_placed};
 use crate::data::template::{ChatTemplate, Moment};
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{EngineError, Result};
@@ -40,7 +40,14 @@ pub(super) struct Task {
     pub(super) heldout: Range<usize>,
     /// Sum of the weights of its rewards.
     pub(super) full_reward: f64,
+    /// `Prompt::index` of its first row.
+    pub(super) first_row: usize,
+    /// Where its training rows stand; none for generated ones.
+    pub(super) places: Option<Places>,
 }
+
+/// Rows, and where they stand; none for generated ones.
+type PlacedRows = (Vec<Row>, Option<Places>);
 
 pub(super) fn load_tasks(
     recipe: &Recipe,
@@ -57,15 +64,16 @@ pub(super) fn load_tasks(
     let mut validation = Vec::new();
     for task in &tasks {
         let (rows, held) = rows_of(task, recipe.seed)?;
-        warn_of_rows(recipe, &task.name, &rows);
-        let mut take = |rows: &[Row], prompts: &mut Vec<Arc<Prompt>>| -> Result<Range<usize>> {
+        warn_of_rows(recipe, &task.name, &rows.0);
+        let mut take = |rows: &PlacedRows, prompts: &mut Vec<Arc<Prompt>>| -> Result<Range<usize>> {
             let first = prompts.len();
             prompts.extend(render(recipe, task, rows_before, rows, chat.as_ref(), tokenizer)?);
-            dropped += first + rows.len() - prompts.len();
+            dropped += first + rows.0.len() - prompts.len();
             Ok(first..prompts.len())
         };
         let (mut rows_train, rows_heldout) = (take(&rows, &mut train)?, take(&held, &mut heldout)?);
-        rows_before += rows.len();
+        let first_row = rows_before;
+        rows_before += rows.0.len();
         if rows_train.is_empty() && (task.path.is_some() || task.arithmetic.is_some()) {
             let of = if task.name.is_empty() { String::new() } else { format!(" of task {}", task.name) };
             return Err(EngineError::Config(format!(
@@ -85,7 +93,14 @@ pub(super) fn load_tasks(
         rows_train.end -= aside;
         validation.extend(train.split_off(rows_train.end));
         let full_reward = recipe.full_reward(&task.name);
-        list.push(Task { name: task.name.clone(), train: rows_train, heldout: rows_heldout, full_reward });
+        list.push(Task {
+            name: task.name.clone(),
+            train: rows_train,
+            heldout: rows_heldout,
+            full_reward,
+            first_row,
+            places: rows.1,
+        });
     }
     if dropped > 0 {
         eprintln!(
@@ -117,20 +132,20 @@ fn demonstrations_of(prompts: &[Arc<Prompt>], tokenizer: &Tokenizer) -> Result<V
 }
 
 /// The task's training rows and held-out rows.
-fn rows_of(task: &TaskConfig, seed: u64) -> Result<(Vec<Row>, Vec<Row>)> {
+fn rows_of(task: &TaskConfig, seed: u64) -> Result<(PlacedRows, PlacedRows)> {
     let heldout = task.heldout.unwrap_or_default();
     match (&task.path, &task.arithmetic) {
         (Some(path), _) => {
-            split_rows(read_jsonl(path)?, task.eval_path.as_deref(), heldout, seed, &task.name)
+            split_rows(read_placed(path)?, task.eval_path.as_deref(), heldout, seed, &task.name)
         }
         (None, Some(problems)) => Ok((
-            arithmetic::generate(problems, seed, Split::Train, problems.problems),
-            arithmetic::generate(problems, seed, Split::Heldout, heldout),
+            (arithmetic::generate(problems, seed, Split::Train, problems.problems), None),
+            (arithmetic::generate(problems, seed, Split::Heldout, heldout), None),
         )),
         // every stage of a validated recipe has rows of its own
         (None, None) => {
-            let held = task.eval_path.as_deref().map(read_jsonl).transpose()?.unwrap_or_default();
-            Ok((Vec::new(), held.into_iter().take(heldout).collect()))
+            let held = task.eval_path.as_deref().map(|path| held_out(path, heldout)).transpose()?;
+            Ok((PlacedRows::default(), held.unwrap_or_default()))
         }
     }
 }
@@ -155,14 +170,12 @@ fn render(
     recipe: &Recipe,
     task: &TaskConfig,
     before: usize,
-    rows: &[Row],
+    (rows, places): &PlacedRows,
     chat: Option<&ChatTemplate>,
     tokenizer: &Tokenizer,
 ) -> Result<Vec<Arc<Prompt>>> {
-    let files: Vec<&Path> =
-        [&task.path, &task.eval_path].into_iter().flatten().map(|path| path.as_path()).collect();
     let (template, system) = (task.prompt.as_deref(), task.system.as_deref());
-    let renderer = Renderer { template, system, chat, tokenizer, files: &files };
+    let renderer = Renderer { template, system, chat, tokenizer, places: places.as_ref() };
     let name: Arc<str> = task.name.as_str().into();
     let prompt = |(i, row): (usize, &Row)| {
         let Some(mut prompt) = renderer.prompt_within(i, row, recipe.data.max_prompt_tokens)? else {
@@ -193,17 +206,22 @@ fn difficulties(train: &[Arc<Prompt>], column: &str) -> Result<Vec<f64>> {
     train.iter().map(number).collect()
 }
 
+/// The first `count` rows of a file that only measures.
+fn held_out(path: &Path, count: usize) -> Result<PlacedRows> {
+    let (mut rows, places) = read_placed(path)?;
+    rows.truncate(count);
+    Ok((rows, Some(places)))
+}
+
 fn split_rows(
-    rows: Vec<Row>,
+    (rows, places): (Vec<Row>, Places),
     eval: Option<&Path>,
     heldout: usize,
     seed: u64,
     task: &str,
-) -> Result<(Vec<Row>, Vec<Row>)> {
+) -> Result<(PlacedRows, PlacedRows)> {
     if let Some(path) = eval {
-        let mut held = read_jsonl(path)?;
-        held.truncate(heldout);
-        return Ok((rows, held));
+        return Ok(((rows, Some(places)), held_out(path, heldout)?));
     }
     if heldout >= rows.len() {
         let place = if task.is_empty() { "data.heldout".into() } else { format!("task {task}: heldout") };
@@ -215,9 +233,14 @@ fn split_rows(
     let mut order = Order::new(seed, rows.len());
     let mut held: Vec<usize> = (0..heldout as u64).map(|p| order.at(p)).collect();
     held.sort_unstable();
-    let (mut train, mut test) = (Vec::new(), Vec::new());
-    for (i, row) in rows.into_iter().enumerate() {
-        if held.binary_search(&i).is_ok() { test.push(row) } else { train.push(row) }
+    let (mut held_rows, mut held_lines, mut train, mut lines) = (vec![], vec![], vec![], vec![]);
+    for (i, (row, line)) in rows.into_iter().zip(places.lines).enumerate() {
+        let held = held.binary_search(&i).is_ok();
+        let (rows, lines) = if held { (&mut held_rows, &mut held_lines) } else { (&mut train, &mut lines) };
+        rows.push(row);
+        lines.push(line);
     }
-    Ok((train, test))
+    let path = places.path;
+    let at = |path, lines| Some(Places { path, lines });
+    Ok(((train, at(path.clone(), lines)), (held_rows, at(path, held_lines))))
 }
