@@ -1,5 +1,8 @@
 //! A PEFT LoRA adapter on disk: `adapter_config.json` and `adapter_model.safetensors`, read and written.
 //!
+//! Which modules a list of targets, a regular expression, `all-linear`, excluded modules and chosen layers name together is
+//! peft's business when it makes an adapter; where the config is more than a list, the stored tensors say what came of it.
+//!
 //! What the config asks for and the engine does not do (biases, layers of its own, …) is an error that names
 //! the field; so is a stored matrix that no adapter site takes.
 
@@ -11,7 +14,7 @@ use rft_kernels::Pool;
 use serde_json::{Map, Value, json};
 
 use super::export::write_safetensors;
-use super::lora::{ALL_LINEAR, Adapter};
+use super::lora::{ALL_LINEAR, Adapter, targets as targets_module};
 use super::policy::Policy;
 use super::source::{Stored, map_file, read_safetensors, widen};
 use crate::config::LoraConfig;
@@ -28,12 +31,10 @@ pub struct PeftAdapter {
 }
 
 /// Fields that may only be off.
-const MUST_BE_OFF: [&str; 11] = [
+const MUST_BE_OFF: [&str; 9] = [
     "alora_invocation_tokens",
-    "exclude_modules",
     "fan_in_fan_out",
     "layer_replication",
-    "layers_to_transform",
     "lora_bias",
     "modules_to_save",
     "target_parameters",
@@ -57,12 +58,16 @@ impl PeftAdapter {
                 "missing\nhint: an adapter is a folder that peft's save_pretrained wrote",
             )
         })?;
-        let config = lora_config(&fields)
-            .map_err(|(field, message)| EngineError::malformed(&config_path, field, message))?;
+        let refused =
+            |(field, message): (&'static str, String)| EngineError::malformed(&config_path, field, message);
+        let mut config = lora_config(&fields).map_err(refused)?;
         let path = folder.join("adapter_model.safetensors");
         let map = map_file(&path)?;
         let mut tensors = BTreeMap::new();
         read_safetensors(&path, &map, 0, &mut tensors)?;
+        if names_by_rule(&fields) {
+            config.targets = stored_modules(&fields, tensors.keys()).map_err(refused)?;
+        }
         let base = fields.get("base_model_name_or_path").and_then(Value::as_str).map(str::to_string);
         Ok(Self { path, config, base, map, tensors })
     }
@@ -164,20 +169,18 @@ fn lora_config(fields: &Map<String, Value>) -> std::result::Result<LoraConfig, (
         Some(Value::Array(list)) => {
             list.iter().map(|t| t.as_str().map(str::to_string)).collect::<Option<Vec<_>>>()
         }
-        Some(Value::String(all)) if all == "all-linear" => Some(vec![all.clone()]),
+        Some(Value::String(all)) if all == ALL_LINEAR => Some(vec![all.clone()]),
+        // a regular expression: see `stored_modules`
+        Some(Value::String(_)) => Some(Vec::new()),
         _ => None,
     };
     Ok(LoraConfig {
         rank: rank.ok_or_else(|| expect("r", "a whole number from 1 to 4096"))? as usize,
         alpha: alpha.ok_or_else(|| expect("lora_alpha", "a number"))? as f32,
         rslora: get("use_rslora").and_then(Value::as_bool).unwrap_or(false),
-        dora: match (get("use_dora").and_then(Value::as_bool), get("lora_dropout").and_then(Value::as_f64)) {
-            (Some(true), Some(rate)) if rate > 0.0 => {
-                return Err(("lora_dropout", "dropout with `use_dora` is not supported".into()));
-            }
-            (dora, _) => dora.unwrap_or(false),
-        },
-        targets: targets.ok_or_else(|| expect("target_modules", "a list of projection names"))?,
+        dora: get("use_dora").and_then(Value::as_bool).unwrap_or(false),
+        targets: targets
+            .ok_or_else(|| expect("target_modules", "a list of projection names or a pattern"))?,
         dropout: match get("lora_dropout") {
             None => 0.0,
             Some(rate) => {
@@ -192,6 +195,49 @@ fn lora_config(fields: &Map<String, Value>) -> std::result::Result<LoraConfig, (
             value.as_f64().filter(|a| a.is_finite()).map(|a| a as f32)
         })?,
     })
+}
+
+/// Whether the adapted modules follow from more than a list of names.
+fn names_by_rule(fields: &Map<String, Value>) -> bool {
+    let set = |key: &str| match fields.get(key) {
+        None | Some(Value::Null) => false,
+        Some(Value::Array(list)) => !list.is_empty(),
+        Some(_) => true,
+    };
+    let pattern = fields.get("target_modules").and_then(Value::as_str).is_some_and(|t| t != ALL_LINEAR);
+    pattern || set("exclude_modules") || set("layers_to_transform")
+}
+
+/// The modules that the stored tensors belong to; each must be one that the config's names or pattern allow.
+fn stored_modules<'a>(
+    fields: &Map<String, Value>,
+    tensors: impl Iterator<Item = &'a String>,
+) -> std::result::Result<Vec<String>, (&'static str, String)> {
+    let modules: BTreeSet<&str> = tensors
+        .filter_map(|name| name.strip_prefix("base_model.model.")?.split_once(".lora_").map(|(m, _)| m))
+        .collect();
+    let targets = &fields["target_modules"];
+    let pattern = match targets.as_str().filter(|t| *t != ALL_LINEAR) {
+        None => None,
+        Some(pattern) => Some(regex::Regex::new(&format!("^(?:{pattern})$")).map_err(|e| {
+            ("target_modules", format!("`{pattern}` is no regular expression that is understood here: {e}"))
+        })?),
+    };
+    let named = |module: &str| match (&pattern, targets) {
+        (Some(pattern), _) => pattern.is_match(module),
+        (None, Value::Array(list)) => {
+            list.iter().filter_map(Value::as_str).any(|t| targets_module(t, module))
+        }
+        _ => true,
+    };
+    match modules.iter().find(|module| !named(module)) {
+        Some(module) => Err((
+            "target_modules",
+            format!("{targets} does not name `{module}`, which the adapter has tensors of"),
+        )),
+        None if modules.is_empty() => Err(("target_modules", format!("{targets} names no stored tensor"))),
+        None => Ok(modules.into_iter().map(String::from).collect()),
+    }
 }
 
 /// A table from patterns to numbers; absent is empty.
