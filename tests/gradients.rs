@@ -182,8 +182,9 @@ fn adapted_with(config: LoraConfig) -> Policy {
 fn every_adapter_gradient_matches_finite_differences() {
     check_every_slot(adapted(0.0), true);
     check_every_slot(adapted(0.3), true);
-    let config = LoraConfig { rank: 3, alpha: 6.0, dora: true, ..LoraConfig::default() };
-    check_every_slot(adapted_with(config), true);
+    let dora = LoraConfig { rank: 3, alpha: 6.0, dora: true, ..LoraConfig::default() };
+    check_every_slot(adapted_with(dora.clone()), true);
+    check_every_slot(adapted_with(LoraConfig { dropout: 0.3, ..dora }), true);
 }
 
 #[test]

@@ -221,11 +221,6 @@ impl Recipe {
             if !(0.0..1.0).contains(&lora.dropout) {
                 return fail(format!("model.lora.dropout must be in [0, 1), got {}", lora.dropout));
             }
-            if lora.dora && lora.dropout > 0.0 {
-                return fail(
-                    "model.lora: `dropout` with `dora` is not supported. hint: drop one of the two".into(),
-                );
-            }
         }
         Ok(())
     }

@@ -3,10 +3,13 @@
 //! `y = m / |W + s B A| * (W x + s B A x)`, the norm row by row (DoRA, Liu et al. 2024, arXiv 2402.09353, eq. 5), and, as in its
 //! section 4.3 and in peft, without a gradient through the norm. The norms are measured when weights change, not in passes: see
 //! [`Policy::measure_adapter`].
+//!
+//! With dropout the base's part of what the magnitude adds is of the dropped inputs too, as in peft (`lora/dora.py` and
+//! `lora/variants.py`): `y = W x + (g - 1) W d + g s B A d` with `d = drop(x)` and `g = m / |W + s B A|`.
 
-use rft_kernels::{Pool, add_columns, unpack_panels};
+use rft_kernels::{Matrix, Pool, Write, add_columns, dropout, linear, linear_dx, unpack_panels};
 
-use super::lora::{Adapter, LoraScratch};
+use super::lora::{Adapter, DropKeys, LoraScratch};
 use super::params::Shape;
 use super::policy::{Policy, Projection};
 
@@ -100,27 +103,107 @@ impl Adapter {
         });
     }
 
-    /// Gradients of the magnitudes, into `grads`, and in `s.dy` the gradient of what they multiply; `s.output` holds `W x`.
+    /// Whether a pass with these keys drops inputs of a DoRA adapter.
+    pub(super) fn drops_base(&self, drop: Option<DropKeys>) -> bool {
+        self.config.dora && self.config.dropout > 0.0 && drop.is_some()
+    }
+
+    /// Adds to `y [m, width]`, which holds `W x`, what an adapter adds in a pass that drops inputs.
+    #[allow(clippy::too_many_arguments)]
+    pub(super) fn dropped_forward(
+        &self,
+        pool: &Pool,
+        layer: usize,
+        projection: Projection,
+        weight: Matrix,
+        x: &[f32],
+        m: usize,
+        y: &mut [f32],
+        drop: Option<DropKeys>,
+        s: &mut DoraScratch,
+        lora: &mut LoraScratch,
+    ) {
+        let width = weight.n;
+        s.output.resize(y.len(), 0.0);
+        for at in self.range(layer, projection) {
+            let (site, gains) = (&self.sites[at], self.gains(at).unwrap_or_default());
+            self.products(pool, at, x, m, drop, lora);
+            linear(pool, &lora.dropped, m, weight, &mut s.output, Write::Set);
+            let (base, low_rank) = (&s.output, &lora.high);
+            pool.map_chunks(y, width, |row, y| {
+                let base = &base[row * width + site.offset..][..site.n];
+                let low_rank = &low_rank[row * site.n..][..site.n];
+                for (i, y) in y[site.offset..][..site.n].iter_mut().enumerate() {
+                    *y += (gains[i] - 1.0) * base[i] + gains[i] * (site.scaling * low_rank[i]);
+                }
+            });
+        }
+    }
+
+    /// Adds to `dx [m, k]` the gradient through the base's product with the dropped inputs; `dy` is that of `y`.
+    #[allow(clippy::too_many_arguments)]
+    pub(super) fn dropped_backward(
+        &self,
+        pool: &Pool,
+        layer: usize,
+        projection: Projection,
+        weight: Matrix,
+        dy: &[f32],
+        m: usize,
+        dx: &mut [f32],
+        drop: Option<DropKeys>,
+        s: &mut DoraScratch,
+        lora: &mut LoraScratch,
+    ) {
+        let width = weight.n;
+        for at in self.range(layer, projection) {
+            let (site, gains) = (&self.sites[at], self.gains(at).unwrap_or_default());
+            let Some(keys) = self.mask(at, drop) else { continue };
+            s.output.resize(dy.len(), 0.0);
+            pool.map_chunks(&mut s.output, width, |row, d| {
+                d.fill(0.0);
+                let from = row * width + site.offset;
+                for (i, d) in d[site.offset..][..site.n].iter_mut().enumerate() {
+                    *d = (gains[i] - 1.0) * dy[from + i];
+                }
+            });
+            lora.dropped.resize(dx.len(), 0.0);
+            linear_dx(pool, &s.output, m, weight, &mut lora.dropped, Write::Set, &mut lora.transpose);
+            dropout(pool, &lora.dropped, weight.k, self.config.dropout, &keys, dx, Write::Add);
+        }
+    }
+
+    /// Gradients of the magnitudes, into `grads`, and in `s.dy` the gradient of what they multiply.
     #[allow(clippy::too_many_arguments)]
     pub(super) fn magnitude_backward(
         &self,
         pool: &Pool,
         layer: usize,
         projection: Projection,
+        weight: Matrix,
         x: &[f32],
         m: usize,
         dy: &[f32],
         grads: &mut [f32],
+        drop: Option<DropKeys>,
         s: &mut DoraScratch,
         lora: &mut LoraScratch,
     ) {
         let width = dy.len() / m.max(1);
         s.dy.clear();
         s.dy.extend_from_slice(dy);
+        s.output.resize(dy.len(), 0.0);
+        let dropped = self.drops_base(drop);
+        if !dropped {
+            linear(pool, x, m, weight, &mut s.output, Write::Set);
+        }
         for at in self.range(layer, projection) {
             let site = &self.sites[at];
             let Some(id) = site.magnitude else { continue };
-            self.products(pool, at, x, m, None, lora);
+            self.products(pool, at, x, m, drop, lora);
+            if dropped {
+                linear(pool, &lora.dropped, m, weight, &mut s.output, Write::Set);
+            }
             add_columns(pool, &mut s.output, width, site.offset, &lora.high, m, site.n, site.scaling);
             lora.high.resize(m * site.n, 0.0);
             pool.map_chunks(&mut lora.high, site.n, |row, d| {

@@ -54,11 +54,11 @@ pub struct DropKeys<'a> {
 /// Reusable buffers of the adapter's small products.
 #[derive(Debug, Default)]
 pub struct LoraScratch {
-    dropped: Vec<f32>,
+    pub(super) dropped: Vec<f32>,
     low: Vec<f32>,
     pub(super) high: Vec<f32>,
     d_low: Vec<f32>,
-    transpose: Vec<f32>,
+    pub(super) transpose: Vec<f32>,
     columns: Vec<f32>,
 }
 
@@ -88,7 +88,7 @@ fn projections(spec: &ModelSpec) -> Vec<(&'static str, Projection, usize, usize,
 }
 
 /// Whether a target names a module: its whole path or the end of it, as in peft.
-fn targets(target: &str, module: &str) -> bool {
+pub(super) fn targets(target: &str, module: &str) -> bool {
     target == ALL_LINEAR || module == target || module.ends_with(&format!(".{target}"))
 }
 
@@ -194,7 +194,7 @@ impl Adapter {
     }
 
     /// Keys of a site's mask, row by row; `None` without dropout.
-    fn mask(&self, site: usize, drop: Option<DropKeys>) -> Option<Vec<u64>> {
+    pub(super) fn mask(&self, site: usize, drop: Option<DropKeys>) -> Option<Vec<u64>> {
         let keys = drop.filter(|_| self.config.dropout > 0.0)?;
         let stream = Stream::new(self.seed, Purpose::Dropout, &[keys.step, site as u64]);
         Some(keys.rows.iter().map(|&row| stream.at(row)).collect())
