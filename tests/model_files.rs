@@ -413,6 +413,9 @@ fn families_read_their_own_fields() {
     assert_eq!((gemma2.attn_softcap, gemma2.final_softcap), (Some(50.0), Some(30.0)));
     assert_eq!((gemma2.attn_scale, gemma2.norm_offset, gemma2.sandwich_norms), (1.0 / 12.0, 1.0, true));
     assert!(spec("Gemma2ForCausalLM", json!({"attn_logit_softcapping": null})).attn_softcap.is_none());
+    let capped = json!({"attn_logit_softcapping": 9.0, "final_logit_softcapping": 12.0, "sliding_window": 8});
+    let gemma3 = spec("Gemma3ForCausalLM", capped);
+    assert_eq!((gemma3.attn_softcap, gemma3.final_softcap), (None, Some(12.0)), "as transformers");
 
     let qwen = spec(
         "Qwen2ForCausalLM",

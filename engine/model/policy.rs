@@ -91,7 +91,8 @@ pub struct RopeTable {
 
 impl RopeTable {
     fn new(inv_freq: &[f64], factor: f64, positions: usize) -> Self {
-        let angle = |at: usize| inv_freq.iter().map(move |f| at as f64 * f);
+        // angles in f32, as the libraries that models are trained with make them: at position 1000 that is 1e-5 away from exact
+        let angle = |at: usize| inv_freq.iter().map(move |f| f64::from(at as f32 * *f as f32));
         let table =
             |f: fn(f64) -> f64| (0..positions).flat_map(angle).map(|a| (f(a) * factor) as f32).collect();
         Self { cos: table(f64::cos), sin: table(f64::sin), rot: inv_freq.len() * 2 }
@@ -613,9 +614,14 @@ impl<'a> Weights<'a> {
             add_bias(pool, y, m, bias);
         }
         if let Some(adapter) = self.adapter {
-            let ProjectScratch { lora, drop, .. } = scratch;
+            let ProjectScratch { lora, drop, dora, .. } = scratch;
             let drop = drop.as_ref().map(|(step, rows)| DropKeys { step: *step, rows });
-            adapter.forward(pool, layer, projection, x, m, y, drop, lora);
+            match adapter.drops_base(drop) {
+                true => {
+                    adapter.dropped_forward(pool, layer, projection, weight, x, m, y, drop, dora, lora);
+                }
+                false => adapter.forward(pool, layer, projection, x, m, y, drop, lora),
+            }
         }
         if let Some(bias) = bias.filter(|_| scaled) {
             add_bias(pool, y, m, bias);
@@ -640,18 +646,21 @@ impl<'a> Weights<'a> {
         let weight = self.base.matrix(id);
         let m = x.len() / weight.k;
         dx.resize(m * weight.k, 0.0);
-        let dora = &mut scratch.dora;
+        let ProjectScratch { dora, lora, drop, .. } = scratch;
+        let drop = drop.as_ref().map(|(step, rows)| DropKeys { step: *step, rows });
+        let whole = dy;
+        let dropping = self.adapter.filter(|a| a.drops_base(drop));
         let dy = match self.adapter.filter(|a| a.config.dora) {
             Some(adapter) => {
-                dora.output.resize(dy.len(), 0.0);
-                linear(pool, x, m, weight, &mut dora.output, Write::Set);
-                let (grads, lora) = (&mut grads.adapter, &mut scratch.lora);
-                adapter.magnitude_backward(pool, layer, projection, x, m, dy, grads, dora, lora);
+                let grads = &mut grads.adapter;
+                adapter
+                    .magnitude_backward(pool, layer, projection, weight, x, m, dy, grads, drop, dora, lora);
                 &dora.dy
             }
             None => dy,
         };
-        linear_dx(pool, dy, m, weight, dx, Write::Set, &mut scratch.transpose);
+        let kept = if dropping.is_some() { whole } else { dy };
+        linear_dx(pool, kept, m, weight, dx, Write::Set, &mut scratch.transpose);
         let (base, waiting) = (&mut grads.base, &mut grads.base_waiting);
         self.base.add_weight_gradient(pool, id, dy, x, m, base, waiting, &mut scratch.columns);
         if let Some(bias) = slots.bias[projection as usize] {
@@ -662,6 +671,11 @@ impl<'a> Weights<'a> {
             let drop = drop.as_ref().map(|(step, rows)| DropKeys { step: *step, rows });
             let (grads, waiting) = (&mut grads.adapter, &mut grads.adapter_waiting);
             adapter.backward(pool, layer, projection, x, m, dy, dx, grads, waiting, drop, lora);
+        }
+        if let Some(adapter) = dropping {
+            let ProjectScratch { dora, lora, drop, .. } = scratch;
+            let drop = drop.as_ref().map(|(step, rows)| DropKeys { step: *step, rows });
+            adapter.dropped_backward(pool, layer, projection, weight, whole, m, dx, drop, dora, lora);
         }
     }
 }

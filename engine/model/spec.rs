@@ -236,7 +236,8 @@ impl ModelSpec {
             activation: activation(&f, gemma, arch == "GemmaForCausalLM")?,
             embed_scale: if gemma { (hidden as f64).sqrt() as f32 } else { 1.0 },
             attn_scale: query_scalar.powf(-0.5) as f32,
-            attn_softcap: softcap("attn_logit_softcapping", gemma2.then_some(50.0))?,
+            // Gemma 3's configs have the field, and transformers hands it to no attention there
+            attn_softcap: softcap("attn_logit_softcapping", gemma2.then_some(50.0))?.filter(|_| gemma2),
             final_softcap: softcap("final_logit_softcapping", gemma2.then_some(30.0))?,
             layer_specs,
             ropes,
