@@ -17,7 +17,7 @@ pub type Row = Map<String, Value>;
 /// Reads a JSONL file of objects; blank lines are skipped.
 ///
 /// # Errors
-/// An unreadable or empty file; a line that is not a JSON object, by number.
+/// An unreadable or empty file; a line that is not a JSON object or has more than 64 MiB, by number.
 pub fn read_jsonl(path: &Path) -> Result<Vec<Row>> {
     Ok(read_placed(path)?.0)
 }
@@ -42,6 +42,9 @@ impl Places {
     }
 }
 
+/// Longest row of a file, in bytes: room for pictures within it. Beyond it a line is a mistake, and is not parsed.
+const MAX_ROW: usize = 64 << 20;
+
 /// As [`read_jsonl`], with the line of each row.
 ///
 /// # Errors
@@ -51,6 +54,10 @@ pub fn read_placed(path: &Path) -> Result<(Vec<Row>, Places)> {
     let (mut rows, mut lines) = (Vec::new(), Vec::new());
     for (i, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
         let bad = |message: String| EngineError::malformed(path, format!("line {}", i + 1), message);
+        if line.len() > MAX_ROW {
+            let message = format!("{} MiB, where a row may have {} MiB", line.len() >> 20, MAX_ROW >> 20);
+            return Err(bad(message));
+        }
         match serde_json::from_str(line).map_err(|e| bad(format!("broken JSON: {e}")))? {
             Value::Object(row) => {
                 rows.push(row);
@@ -321,5 +328,8 @@ mod tests {
         assert!(read_jsonl(&path).unwrap_err().to_string().contains("a list"));
         std::fs::write(&path, "\n").unwrap();
         assert!(read_jsonl(&path).unwrap_err().to_string().contains("no row"));
+        std::fs::write(&path, format!("{{}}\n{{\"a\": \"{}\"}}\n", "x".repeat(MAX_ROW))).unwrap();
+        let error = read_jsonl(&path).unwrap_err().to_string();
+        assert!(error.contains("line 2") && error.contains("64 MiB"), "{error}");
     }
 }
