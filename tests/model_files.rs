@@ -432,8 +432,9 @@ fn families_read_their_own_fields() {
     let (short, factor) = phi.ropes[0].inv_freq(64);
     // sqrt(1 + ln(128 / 64) / ln 64)
     assert!((factor - 1.080_123_449_734_643_6).abs() < 1e-12);
-    assert!((short[1] - 10000f64.powf(-0.25) / 1.1).abs() < 1e-12);
-    assert!((phi.ropes[0].inv_freq(65).0[1] - 10000f64.powf(-0.25) / 2.0).abs() < 1e-12);
+    // in f32, as torch makes them
+    assert_eq!(short[1], f64::from(1.0 / (1.1 * 10000f32.powf(0.25))));
+    assert_eq!(phi.ropes[0].inv_freq(65).0[1], f64::from(1.0 / (2.0 * 10000f32.powf(0.25))));
 
     let moe = spec(
         "Qwen3MoeForCausalLM",

@@ -91,7 +91,7 @@ pub struct RopeTable {
 
 impl RopeTable {
     fn new(inv_freq: &[f64], factor: f64, positions: usize) -> Self {
-        // angles in f32, as the libraries that models are trained with make them: at position 1000 that is 1e-5 away from exact
+        // f32 products, as where the model was trained
         let angle = |at: usize| inv_freq.iter().map(move |f| f64::from(at as f32 * *f as f32));
         let table =
             |f: fn(f64) -> f64| (0..positions).flat_map(angle).map(|a| (f(a) * factor) as f32).collect();

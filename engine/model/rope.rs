@@ -73,8 +73,13 @@ impl RopeSpec {
     /// sequences of at most `positions` tokens (only LongRoPE looks at it).
     pub fn inv_freq(&self, positions: usize) -> (Vec<f64>, f64) {
         let dim = self.rotary_dim as f64;
-        let plain: Vec<f64> =
-            (0..self.rotary_dim / 2).map(|i| self.theta.powf(-(2.0 * i as f64) / dim)).collect();
+        // Exponents, powers and quotients are rounded to f32, as torch rounds them when a model is trained: a frequency that
+        // is closer to the truth turns a late position by another angle than the model has learned.
+        let f32_of = |x: f64| f64::from(x as f32);
+        let powers: Vec<f64> = (0..self.rotary_dim / 2)
+            .map(|i| f32_of(self.theta.powf(f64::from((2 * i) as f32 / self.rotary_dim as f32))))
+            .collect();
+        let plain: Vec<f64> = powers.iter().map(|p| f32_of(1.0 / p)).collect();
         match &self.scaling {
             RopeScaling::None => (plain, 1.0),
             RopeScaling::Linear { factor } => (plain.iter().map(|f| f / factor).collect(), 1.0),
@@ -120,7 +125,8 @@ impl RopeSpec {
             }
             RopeScaling::LongRope { short, long, original_positions, attention_factor } => {
                 let factors = if positions > *original_positions { long } else { short };
-                (plain.iter().zip(factors).map(|(f, by)| f / by).collect(), *attention_factor)
+                let stretch = |(p, by): (&f64, &f64)| f32_of(1.0 / f32_of(f32_of(*by) * p));
+                (powers.iter().zip(factors).map(stretch).collect(), *attention_factor)
             }
         }
     }
