@@ -56,6 +56,8 @@ pub struct DataSize {
     pub heldout: usize,
     /// Bytes of their prompts.
     pub text: usize,
+    /// Tokens of stored completions that are compared with a reference.
+    pub stored_tokens: usize,
 }
 
 /// Bytes by purpose, and the sizes that follow from the budget.
@@ -147,7 +149,7 @@ impl MemoryPlan {
             gradients: 4 * trainable * if recipe.has_meta_gradient() { 2 } else { 1 },
             waiting: waiting + waiting_bytes(&weights, step_rows),
             moments: Moments::planned_bytes(policy.trainable(), &recipe.optimizer),
-            reference,
+            reference: reference + 4 * data.stored_tokens,
             critic: match recipe.algorithm.critic {
                 Some(critic) if critic.is_separate() => {
                     policy.trainable().bytes() + Moments::planned_bytes(policy.trainable(), &recipe.optimizer)

@@ -157,6 +157,7 @@ const DATA: DataSize = DataSize {
     rows: 100,
     heldout: 0,
     text: 2000,
+    stored_tokens: 0,
 };
 
 #[test]

@@ -5,7 +5,7 @@ mod runs;
 
 use std::path::Path;
 
-use runs::{Folder, lines, stderr, timeless};
+use runs::{Folder, lines, stderr, timeless, weights};
 use serde_json::{Map, Value, json};
 
 const MODEL: &str = r#"
@@ -190,6 +190,23 @@ fn stored_pairs_alone_make_a_run_that_tells_them_apart() {
         }
         assert!(folder.at(name).join("report.html").is_file());
     }
+}
+
+#[test]
+fn reference_logprobs_that_are_kept_between_epochs_are_those_computed_anew() {
+    // 40 rows, 16 a step: rows come again from the third step on, and within one
+    let stages = "[data]\n[[stage]]\nkind = \"preference\"\nepochs = 4\nbatch = 16\nlr = 1e-3\npath = \"PAIRS\"\n";
+    let folder = folder(&[MODEL, stages].concat());
+    let kept = folder.run("kept", &["algorithm.reference={ kind = \"stage\" }", "train.keep_checkpoints=99"]);
+    // the same policy, of which nothing is kept because it might move
+    let anew = folder.run("anew", &["algorithm.reference={ kind = \"refreshed\", every = 1000 }"]);
+    let same = |a: &Path, b: &Path| {
+        assert_eq!(timeless(&a.join("metrics.jsonl")), timeless(&b.join("metrics.jsonl")));
+        assert!(weights(a) == weights(b));
+    };
+    same(&kept, &anew);
+    assert!(lines(&kept.join("metrics.jsonl"))[9]["rewards/margins"].as_f64().unwrap() > 0.0);
+    same(&kept, &folder.resumed(&kept, "cut", 6));
 }
 
 #[test]

@@ -27,7 +27,7 @@ impl Recipe {
         if let Some(filter) = &a.filter {
             if filter.keep < 2 || filter.keep >= self.rollout.group_size {
                 return fail(format!(
-                    "algorithm.advantage.filter.keep must be at least 2 and less than rollout.group_size = {}, got {}",
+                    "algorithm.advantage.filter.keep must be at least 2 and less than rollout.group_size = {}, got {}. hint: raise rollout.group_size",
                     self.rollout.group_size, filter.keep
                 ));
             }

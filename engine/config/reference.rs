@@ -43,6 +43,11 @@ fn default_every() -> u64 {
 }
 
 impl ReferenceConfig {
+    /// Whether it is one policy from the start of a stage to its end.
+    pub fn stays_in_a_stage(self) -> bool {
+        !matches!(self, Self::Refreshed { .. } | Self::Ema { .. })
+    }
+
     /// Whether it stays as it was taken to the end of the run.
     pub fn is_fixed(self) -> bool {
         matches!(self, Self::Initial | Self::Base)

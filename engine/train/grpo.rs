@@ -15,6 +15,7 @@ use crate::error::Result;
 use crate::learner::batch::Piece;
 use crate::learner::step::{CriticStep, Learner, ScoreGrads, UpdateStats};
 use crate::loss::LossSums;
+use crate::loss::entropy::EntropyControl;
 use crate::loss::kl::Placement;
 use crate::model::backprop::Scores;
 use crate::report::health::Signs;
@@ -213,6 +214,9 @@ impl Run {
             let next = balance.next(config, first.entropy / tokens, meta);
             extra = vec![("sft_loss", imitated), ("amft_mu", balance.mu), ("amft_meta", next.meta)];
             self.state.balance = Some(next);
+        }
+        if self.recipe.algorithm.objective.entropy_control != EntropyControl::Fixed {
+            extra.push(("entropy_coefficient", entropy_coefficient));
         }
         self.state.steps = step;
         self.state.version = self.policy.version.0;

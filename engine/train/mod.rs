@@ -24,6 +24,7 @@ mod size;
 mod stage_rows;
 mod tasks;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
@@ -113,6 +114,8 @@ pub struct Run {
     files: ModelFiles,
     policy: Policy,
     reference: Option<Reference>,
+    /// Its logprobs of the stage's stored rows, by row, as far as they were needed.
+    reference_kept: BTreeMap<usize, Vec<f32>>,
     critic: Option<Critic>,
     tasks: Tasks,
     /// By stage.
@@ -190,6 +193,7 @@ impl Run {
             files,
             policy,
             reference: None,
+            reference_kept: BTreeMap::new(),
             critic: None,
             tasks,
             stage_rows,
@@ -247,6 +251,7 @@ impl Run {
                 learner.begin_stage();
                 self.enter(stage);
                 self.state.data.begin_stage();
+                self.reference_kept.clear();
                 self.state.health.begin_stage();
                 self.state.sft_health.begin_stage();
                 self.begin_reference(&checkpoints)?;

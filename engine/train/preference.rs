@@ -1,5 +1,6 @@
 //! A step of preference optimisation: take stored comparisons or draw and rank, update, log.
 
+use std::collections::BTreeMap;
 use std::time::Instant;
 
 use serde_json::{Value, json};
@@ -53,6 +54,8 @@ impl Run {
         };
         engine.rest();
         let start = Instant::now();
+        let mut known = std::mem::take(&mut self.reference_kept);
+        let mut stored = Vec::new();
         let mut comparisons = match &ranked {
             Some(ranked) => of_groups(ranked, &settings),
             None => {
@@ -61,15 +64,20 @@ impl Run {
                 };
                 let chosen = self.own_rows(stage.rows_per_step());
                 let rows: Vec<&Judged> = chosen.iter().map(|&row| &rows[row]).collect();
+                stored = chosen;
                 of_rows(&rows, &settings)
             }
         };
         if settings.needs_reference() && !comparisons.is_empty() {
-            comparisons.reference = self.reference_logprobs(learner, &comparisons.groups, &PLAIN);
+            comparisons.reference = match self.recipe.algorithm.reference.stays_in_a_stage() {
+                true if ranked.is_none() => self.stored_reference(learner, &stored, &comparisons.groups, &mut known),
+                _ => self.reference_logprobs(learner, &comparisons.groups, &PLAIN),
+            };
             if comparisons.reference.is_none() {
                 return Err(EngineError::Config("a preference stage has no reference policy".into()));
             }
         }
+        self.reference_kept = known;
         let epochs = if ranked.is_some() { self.recipe.train.inner_epochs } else { 1 };
         let (mut first, mut lr, mut rows) = (Compared::default(), 0.0, 0);
         for epoch in 0..epochs {
@@ -93,7 +101,11 @@ impl Run {
             }
         }
         let mut metrics = PreferenceMetrics { step, lr, ..measure(&comparisons, &first) };
-        let told = told(&metrics, &first);
+        // what the policy drew itself is likelier under it than under the reference, whatever it learned
+        let told = match settings.pairs {
+            PairSource::Demonstrations => Told::default(),
+            _ => told(&metrics, &first),
+        };
         drop(comparisons);
         let evaluates =
             self.recipe.eval.every > 0 && step.is_multiple_of(self.recipe.eval.every) && self.measures();
@@ -152,6 +164,28 @@ impl Run {
             progress.say(&format!("step {step}: {line}"));
         }
         Ok(())
+    }
+
+    /// Reference logprobs of stored rows, each computed when it first comes: they are the same bits whatever they are computed beside.
+    fn stored_reference(
+        &self,
+        learner: &mut Learner,
+        rows: &[usize],
+        groups: &[GroupTokens],
+        known: &mut BTreeMap<usize, Vec<f32>>,
+    ) -> Option<Vec<f32>> {
+        let mut new: Vec<usize> = (0..rows.len()).filter(|&i| !known.contains_key(&rows[i])).collect();
+        new.sort_by_key(|&i| rows[i]);
+        new.dedup_by_key(|i| rows[*i]);
+        let fresh: Vec<GroupTokens> = new.iter().map(|&i| groups[i].clone()).collect();
+        let logprobs = self.reference_logprobs(learner, &fresh, &PLAIN)?;
+        let mut rest = &logprobs[..];
+        for (&i, group) in new.iter().zip(&fresh) {
+            let (own, others) = rest.split_at(group.completions.iter().map(|c| c.len()).sum());
+            known.insert(rows[i], own.to_vec());
+            rest = others;
+        }
+        Some(rows.iter().flat_map(|row| &known[row]).copied().collect())
     }
 
     /// Draws and scores the groups of a step and chooses what to compare.

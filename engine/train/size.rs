@@ -30,6 +30,17 @@ pub(super) fn data_size(
         rows: all().count() + stage_rows.iter().filter(|r| r.is_own()).map(StageRows::len).sum::<usize>(),
         heldout: tasks.heldout.len(),
         text: all().map(|p| p.text.len()).sum(),
+        stored_tokens: stages.iter().zip(stage_rows).map(|(stage, rows)| compared(stage, rows)).max().unwrap_or(0),
+    }
+}
+
+/// Tokens of stored completions whose reference logprobs are kept.
+fn compared(stage: &StageConfig, rows: &StageRows) -> usize {
+    match rows {
+        StageRows::Judged(rows) if stage.comparison().needs_reference() => {
+            rows.iter().flat_map(|r| &r.completions).map(Vec::len).sum()
+        }
+        _ => 0,
     }
 }
 
