@@ -195,7 +195,8 @@ fn stored_pairs_alone_make_a_run_that_tells_them_apart() {
 #[test]
 fn reference_logprobs_that_are_kept_between_epochs_are_those_computed_anew() {
     // 40 rows, 16 a step: rows come again from the third step on, and within one
-    let stages = "[data]\n[[stage]]\nkind = \"preference\"\nepochs = 4\nbatch = 16\nlr = 1e-3\npath = \"PAIRS\"\n";
+    let stages =
+        "[data]\n[[stage]]\nkind = \"preference\"\nepochs = 4\nbatch = 16\nlr = 1e-3\npath = \"PAIRS\"\n";
     let folder = folder(&[MODEL, stages].concat());
     let kept = folder.run("kept", &["algorithm.reference={ kind = \"stage\" }", "train.keep_checkpoints=99"]);
     // the same policy, of which nothing is kept because it might move

@@ -70,7 +70,9 @@ impl Run {
         };
         if settings.needs_reference() && !comparisons.is_empty() {
             comparisons.reference = match self.recipe.algorithm.reference.stays_in_a_stage() {
-                true if ranked.is_none() => self.stored_reference(learner, &stored, &comparisons.groups, &mut known),
+                true if ranked.is_none() => {
+                    self.stored_reference(learner, &stored, &comparisons.groups, &mut known)
+                }
                 _ => self.reference_logprobs(learner, &comparisons.groups, &PLAIN),
             };
             if comparisons.reference.is_none() {

@@ -30,7 +30,12 @@ pub(super) fn data_size(
         rows: all().count() + stage_rows.iter().filter(|r| r.is_own()).map(StageRows::len).sum::<usize>(),
         heldout: tasks.heldout.len(),
         text: all().map(|p| p.text.len()).sum(),
-        stored_tokens: stages.iter().zip(stage_rows).map(|(stage, rows)| compared(stage, rows)).max().unwrap_or(0),
+        stored_tokens: stages
+            .iter()
+            .zip(stage_rows)
+            .map(|(stage, rows)| compared(stage, rows))
+            .max()
+            .unwrap_or(0),
     }
 }
 
