@@ -71,7 +71,7 @@ fn a_feed_forward_block_has_candles_gradients() {
     let (mut ddown, mut dgate_up) = (vec![0.0; dp.len()], vec![0.0; gp.len()]);
     linear_dx(&pool, &weight, ROWS, matrix(HIDDEN, FFN, &dp), &mut da, Write::Set, &mut scratch);
     linear_dw(&pool, &weight, &a, ROWS, HIDDEN, FFN, &mut ddown, false);
-    glu_backward(&pool, &gu, ROWS, FFN, Act::Silu, &da, &mut dgu);
+    glu_backward(&pool, &gu, ROWS, FFN, Act::Silu, &da, &mut dgu, None);
     linear_dx(&pool, &dgu, ROWS, matrix(2 * FFN, HIDDEN, &gp), &mut dh, Write::Set, &mut scratch);
     linear_dw(&pool, &dgu, &h, ROWS, 2 * FFN, HIDDEN, &mut dgate_up, false);
     rms_norm_backward(&pool, &x, &norm, EPS, 0.0, &dh, &mut dx, Some(&mut dnorm));

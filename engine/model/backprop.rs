@@ -438,20 +438,23 @@ fn layer_backward(
         let (routing, gate_up) = (&acts.routing, &acts.gate_up);
         experts_backward(pool, w, experts, moe, x, routing, gate_up, act, d_down, dx, grads, &mut s.experts);
     } else {
-        s.act.resize(m * w.spec.ffn, 0.0);
-        glu(pool, &acts.gate_up, m, w.spec.ffn, w.act(), &mut s.act);
-        w.project_backward(
-            pool,
-            layer,
-            Projection::Down,
-            &s.act,
-            d_down,
-            &mut b.d_act,
-            grads,
-            &mut s.project,
-        );
-        b.d_gate_up.resize(acts.gate_up.len(), 0.0);
-        glu_backward(pool, &acts.gate_up, m, w.spec.ffn, w.act(), &b.d_act, &mut b.d_gate_up);
+        let (f, act, gate_up) = (w.spec.ffn, w.act(), &acts.gate_up);
+        let (d_act, d_gate_up, project) = (&mut b.d_act, &mut b.d_gate_up, &mut s.project);
+        d_gate_up.resize(gate_up.len(), 0.0);
+        if w.adapter.is_some() {
+            s.act.resize(m * f, 0.0);
+            glu(pool, gate_up, m, f, act, &mut s.act);
+            w.project_backward(pool, layer, Projection::Down, &s.act, d_down, d_act, grads, project);
+            glu_backward(pool, gate_up, m, f, act, d_act, d_gate_up, None);
+        } else {
+            // the activation, made again in the pass that makes its gradient
+            let make = |d_act: &[f32], x: &mut Vec<f32>| {
+                x.resize(m * f, 0.0);
+                glu_backward(pool, gate_up, m, f, act, d_act, d_gate_up, Some(x));
+            };
+            let down = Projection::Down;
+            w.project_backward_around(pool, layer, down, &mut s.act, d_down, d_act, grads, project, make);
+        }
         let (d_gate_up, dx) = (&b.d_gate_up, &mut b.dx);
         w.project_backward(pool, layer, Projection::GateUp, &s.x, d_gate_up, dx, grads, &mut s.project);
     }

@@ -10,7 +10,7 @@ use std::ops::Range;
 
 use rft_kernels::{
     KvPages, PagedRun, Pool, QkNorm, Segment, Write, add_columns, add_rms_norm, gather_rows, glu, linear,
-    paged_attention, qk_rope, rms_norm, round_kv, segment_attention, store_kv,
+    paged_attention, qk_rope, rms_norm, rms_norm_kept, round_kv, segment_attention, store_kv,
 };
 
 use crate::config::Precision;
@@ -172,8 +172,10 @@ fn layer_activations(
         to.extend_from_slice(from);
     };
 
-    copy(h, &mut acts.h_in);
-    w.norm(pool, slots.attn_norm, h, &mut s.x);
+    let (eps, offset) = (w.spec.norm_eps, w.spec.norm_offset);
+    s.x.resize(m * hidden, 0.0);
+    acts.h_in.resize(m * hidden, 0.0);
+    rms_norm_kept(pool, h, w.base.values(slots.attn_norm), eps, offset, &mut s.x, &mut acts.h_in);
     w.project(pool, layer, Projection::Qkv, &s.x, &mut acts.qkv, &mut s.project);
     s.qkv.resize(acts.qkv.len(), 0.0);
     qk_rope(pool, &shape, &acts.qkv, w.qk_norm(layer), w.rope(layer), positions, &mut s.qkv);
@@ -195,10 +197,9 @@ fn layer_activations(
         copy(&s.delta, &mut acts.o);
         w.norm(pool, norm, &acts.o, &mut s.delta);
     }
-    s.x.resize(m * hidden, 0.0);
-    let (eps, offset) = (w.spec.norm_eps, w.spec.norm_offset);
-    add_rms_norm(pool, h, &s.delta, w.base.values(slots.mlp_norm), eps, offset, &mut s.x);
-    copy(h, &mut acts.h_mid);
+    acts.h_mid.resize(m * hidden, 0.0);
+    let norm = w.base.values(slots.mlp_norm);
+    add_rms_norm(pool, h, &s.delta, norm, eps, offset, &mut s.x, &mut acts.h_mid);
     if let (Some(experts), Some(moe)) = (&slots.experts, &w.spec.moe) {
         let (routing, gate_up) = (&mut acts.routing, &mut acts.gate_up);
         let (act, y) = (&mut s.act, &mut s.delta);

@@ -244,7 +244,7 @@ pub(super) fn experts_backward(
     });
     pool.map_chunks(&mut s.d_y, h, |pair, d| d.iter_mut().for_each(|d| *d *= routing.weights[pair]));
     s.d_gate_up.resize(gate_up.len(), 0.0);
-    glu_backward(pool, gate_up, pairs, f, w.act(), &s.d_act, &mut s.d_gate_up);
+    glu_backward(pool, gate_up, pairs, f, w.act(), &s.d_act, &mut s.d_gate_up, None);
     s.y.resize(pairs * h, 0.0);
     for expert in 0..e {
         let of = routing.range(expert);

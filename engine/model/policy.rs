@@ -642,8 +642,7 @@ impl<'a> Weights<'a> {
         scratch: &mut ProjectScratch,
     ) {
         let slots = &self.slots.layers[layer];
-        let id = slots.dense(projection);
-        let weight = self.base.matrix(id);
+        let weight = self.base.matrix(slots.dense(projection));
         let m = x.len() / weight.k;
         dx.resize(m * weight.k, 0.0);
         let ProjectScratch { dora, lora, drop, .. } = scratch;
@@ -661,11 +660,7 @@ impl<'a> Weights<'a> {
         };
         let kept = if dropping.is_some() { whole } else { dy };
         linear_dx(pool, kept, m, weight, dx, Write::Set, &mut scratch.transpose);
-        let (base, waiting) = (&mut grads.base, &mut grads.base_waiting);
-        self.base.add_weight_gradient(pool, id, dy, x, m, base, waiting, &mut scratch.columns);
-        if let Some(bias) = slots.bias[projection as usize] {
-            self.base.add_bias_gradient(pool, bias, dy, m, &mut grads.base, &mut scratch.columns);
-        }
+        self.base_gradient(pool, layer, projection, x, dy, grads, &mut scratch.columns);
         if let Some(adapter) = self.adapter {
             let ProjectScratch { lora, drop, .. } = scratch;
             let drop = drop.as_ref().map(|(step, rows)| DropKeys { step: *step, rows });
@@ -676,6 +671,51 @@ impl<'a> Weights<'a> {
             let ProjectScratch { dora, lora, drop, .. } = scratch;
             let drop = drop.as_ref().map(|(step, rows)| DropKeys { step: *step, rows });
             adapter.dropped_backward(pool, layer, projection, weight, whole, m, dx, drop, dora, lora);
+        }
+    }
+
+    /// As [`Weights::project_backward`] without adapters, where `x` is made between the two products, from `dx`.
+    #[allow(clippy::too_many_arguments)]
+    pub(super) fn project_backward_around(
+        &self,
+        pool: &Pool,
+        layer: usize,
+        projection: Projection,
+        x: &mut Vec<f32>,
+        dy: &[f32],
+        dx: &mut Vec<f32>,
+        grads: &mut Grads,
+        scratch: &mut ProjectScratch,
+        make_x: impl FnOnce(&[f32], &mut Vec<f32>),
+    ) {
+        assert!(self.adapter.is_none(), "adapters need x for dx");
+        let weight = self.base.matrix(self.slots.layers[layer].dense(projection));
+        let m = dy.len() / weight.n;
+        dx.resize(m * weight.k, 0.0);
+        linear_dx(pool, dy, m, weight, dx, Write::Set, &mut scratch.transpose);
+        make_x(dx, x);
+        self.base_gradient(pool, layer, projection, x, dy, grads, &mut scratch.columns);
+    }
+
+    /// Adds a projection's gradients of weight and bias.
+    #[allow(clippy::too_many_arguments)]
+    fn base_gradient(
+        &self,
+        pool: &Pool,
+        layer: usize,
+        projection: Projection,
+        x: &[f32],
+        dy: &[f32],
+        grads: &mut Grads,
+        columns: &mut Vec<f32>,
+    ) {
+        let slots = &self.slots.layers[layer];
+        let id = slots.dense(projection);
+        let m = x.len() / self.base.matrix(id).k;
+        let (base, waiting) = (&mut grads.base, &mut grads.base_waiting);
+        self.base.add_weight_gradient(pool, id, dy, x, m, base, waiting, columns);
+        if let Some(bias) = slots.bias[projection as usize] {
+            self.base.add_bias_gradient(pool, bias, dy, m, &mut grads.base, columns);
         }
     }
 }

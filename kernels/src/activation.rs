@@ -32,7 +32,7 @@ pub fn glu(pool: &Pool, gate_up: &[f32], m: usize, f: usize, act: Act, out: &mut
     });
 }
 
-/// d_gate_up[m, 2f] = the gradient of [`glu`] for dout[m, f].
+/// d_gate_up[m, 2f] = the gradient of [`glu`] for dout[m, f]; `out`, where wanted, becomes what [`glu`] gave, in the same pass.
 pub fn glu_backward(
     pool: &Pool,
     gate_up: &[f32],
@@ -41,17 +41,22 @@ pub fn glu_backward(
     act: Act,
     dout: &[f32],
     d_gate_up: &mut [f32],
+    out: Option<&mut [f32]>,
 ) {
     assert_eq!(gate_up.len(), 2 * m * f, "gate_up is [m, 2f]");
     assert_eq!(d_gate_up.len(), 2 * m * f, "d_gate_up is [m, 2f]");
     assert_eq!(dout.len(), m * f, "dout is [m, f]");
+    assert!(out.as_ref().is_none_or(|out| out.len() == m * f), "out is [m, f]");
     let d_gate_up = Shared::new(d_gate_up);
+    let out = out.map(Shared::new);
     pool.run(m.div_ceil(ROWS), |item| {
         for r in item * ROWS..((item + 1) * ROWS).min(m) {
             // SAFETY: each row belongs to one item.
             let (d_gate, d_up) = unsafe { d_gate_up.part(2 * r * f, 2 * f) }.split_at_mut(f);
+            // SAFETY: as above.
+            let out = out.map(|out| unsafe { out.part(r * f, f) });
             let (gate, up) = gate_up[2 * r * f..][..2 * f].split_at(f);
-            glu_row_backward(gate, up, act, &dout[r * f..][..f], d_gate, d_up);
+            glu_row_backward(gate, up, act, &dout[r * f..][..f], d_gate, d_up, out);
         }
     });
 }
@@ -67,8 +72,11 @@ simd_fn! {
 }
 
 simd_fn! {
-    fn glu_row_backward<S>(gate: &[f32], up: &[f32], act: Act, dout: &[f32], d_gate: &mut [f32], d_up: &mut [f32]) {
-        let one = S::splat(1.0);
+    fn glu_row_backward<S>(
+        gate: &[f32], up: &[f32], act: Act, dout: &[f32], d_gate: &mut [f32], d_up: &mut [f32],
+        out: Option<&mut [f32]>,
+    ) {
+        let (one, mut out) = (S::splat(1.0), out);
         for i in (0..gate.len()).step_by(LANES) {
             let (g, u, d) = (S::load(&gate[i..]), S::load(&up[i..]), S::load(&dout[i..]));
             let share = gate_share::<S>(g, act);
@@ -81,6 +89,9 @@ simd_fn! {
             let slope = S::fma(S::mul(value, S::sub(one, share)), steep, share);
             S::store(S::mul(S::mul(d, u), slope), &mut d_gate[i..]);
             S::store(S::mul(d, value), &mut d_up[i..]);
+            if let Some(out) = &mut out {
+                S::store(S::mul(value, u), &mut out[i..]);
+            }
         }
     }
 }

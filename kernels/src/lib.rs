@@ -46,7 +46,7 @@ pub use gemm::{
     select_bf16_rule, to_bf16_panels,
 };
 pub use isa::{Isa, isa, select_isa};
-pub use norm::{add_rms_norm, rms_norm, rms_norm_backward};
+pub use norm::{add_rms_norm, rms_norm, rms_norm_backward, rms_norm_kept};
 pub use pages::{HugePages, held_bytes, release_pages};
 pub use panel::{PANEL, gather_rows, pack_panels, panels_len, scatter_add_rows, unpack_panels};
 pub use pool::Pool;

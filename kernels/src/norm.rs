@@ -12,20 +12,43 @@ const ROWS: usize = 8;
 
 /// `y[m, n]` = norm of each row of `x[m, n]`; w is `[n]`.
 pub fn rms_norm(pool: &Pool, x: &[f32], w: &[f32], eps: f32, offset: f32, y: &mut [f32]) {
+    norm(pool, x, w, eps, offset, y, None);
+}
+
+/// As [`rms_norm`], and `kept` becomes a copy of x in the same pass.
+pub fn rms_norm_kept(
+    pool: &Pool,
+    x: &[f32],
+    w: &[f32],
+    eps: f32,
+    offset: f32,
+    y: &mut [f32],
+    kept: &mut [f32],
+) {
+    norm(pool, x, w, eps, offset, y, Some(kept));
+}
+
+fn norm(pool: &Pool, x: &[f32], w: &[f32], eps: f32, offset: f32, y: &mut [f32], kept: Option<&mut [f32]>) {
     let m = rows(x.len(), w.len());
     assert_eq!(y.len(), x.len(), "y is [m, n]");
+    assert!(kept.as_ref().is_none_or(|kept| kept.len() == x.len()), "kept is [m, n]");
     let n = w.len();
-    let y = Shared::new(y);
+    let (y, kept) = (Shared::new(y), kept.map(Shared::new));
     pool.run(m.div_ceil(ROWS), |item| {
         for r in item * ROWS..((item + 1) * ROWS).min(m) {
+            let x = &x[r * n..][..n];
             // SAFETY: each row belongs to one item.
             let y = unsafe { y.part(r * n, n) };
-            norm_row(&x[r * n..][..n], w, eps, offset, y);
+            norm_row(x, w, eps, offset, y);
+            if let Some(kept) = kept {
+                // SAFETY: as above.
+                unsafe { kept.part(r * n, n) }.copy_from_slice(x);
+            }
         }
     });
 }
 
-/// x += delta, then y = norm of each row of x.
+/// x += delta, then y = norm of each row of x; `kept` becomes a copy of the new x.
 pub fn add_rms_norm(
     pool: &Pool,
     x: &mut [f32],
@@ -34,18 +57,21 @@ pub fn add_rms_norm(
     eps: f32,
     offset: f32,
     y: &mut [f32],
+    kept: &mut [f32],
 ) {
     let m = rows(x.len(), w.len());
     assert_eq!(delta.len(), x.len(), "delta is [m, n]");
     assert_eq!(y.len(), x.len(), "y is [m, n]");
+    assert_eq!(kept.len(), x.len(), "kept is [m, n]");
     let n = w.len();
-    let (x, y) = (Shared::new(x), Shared::new(y));
+    let (x, y, kept) = (Shared::new(x), Shared::new(y), Shared::new(kept));
     pool.run(m.div_ceil(ROWS), |item| {
         for r in item * ROWS..((item + 1) * ROWS).min(m) {
             // SAFETY: each row belongs to one item.
-            let (x, y) = unsafe { (x.part(r * n, n), y.part(r * n, n)) };
+            let (x, y, kept) = unsafe { (x.part(r * n, n), y.part(r * n, n), kept.part(r * n, n)) };
             x.iter_mut().zip(&delta[r * n..]).for_each(|(x, d)| *x += d);
             norm_row(x, w, eps, offset, y);
+            kept.copy_from_slice(x);
         }
     });
 }

@@ -49,10 +49,13 @@ fn the_residual_norm_is_an_addition_and_a_norm() {
     let (m, n) = (11, 50);
     let (mut x, delta, w) = (numbers(m * n, 1), numbers(m * n, 2), numbers(n, 3));
     let sum: Vec<f32> = x.iter().zip(&delta).map(|(a, b)| a + b).collect();
-    let (mut y, mut want) = (vec![0.0; m * n], vec![0.0; m * n]);
-    add_rms_norm(&pool, &mut x, &delta, &w, 1e-5, 0.0, &mut y);
+    let (mut y, mut want, mut kept) = (vec![0.0; m * n], vec![0.0; m * n], vec![f32::NAN; m * n]);
+    add_rms_norm(&pool, &mut x, &delta, &w, 1e-5, 0.0, &mut y, &mut kept);
     rms_norm(&pool, &sum, &w, 1e-5, 0.0, &mut want);
-    assert_eq!((bits(&x), bits(&y)), (bits(&sum), bits(&want)));
+    assert_eq!((bits(&x), bits(&y), bits(&kept)), (bits(&sum), bits(&want), bits(&sum)));
+    (y, kept) = (vec![f32::NAN; m * n], vec![f32::NAN; m * n]);
+    rms_norm_kept(&pool, &sum, &w, 1e-5, 0.0, &mut y, &mut kept);
+    assert_eq!((bits(&y), bits(&kept)), (bits(&want), bits(&sum)));
 }
 
 #[test]
@@ -83,7 +86,10 @@ fn activations_match_and_their_gradient_is_the_slope() {
             let pool = Pool::new(threads);
             let (mut out, mut d) = (vec![0.0; m * f], vec![f32::NAN; m * 2 * f]);
             glu(&pool, &gate_up, m, f, act, &mut out);
-            glu_backward(&pool, &gate_up, m, f, act, &dout, &mut d);
+            glu_backward(&pool, &gate_up, m, f, act, &dout, &mut d, None);
+            let (mut out_again, mut d_again) = (vec![f32::NAN; m * f], vec![f32::NAN; m * 2 * f]);
+            glu_backward(&pool, &gate_up, m, f, act, &dout, &mut d_again, Some(&mut out_again));
+            assert_eq!((bits(&out), bits(&d)), (bits(&out_again), bits(&d_again)));
             [out, d]
         };
         let got = run(8);

@@ -240,6 +240,32 @@ fn large_f32_products_are_chains_in_order() {
     assert!(!results.is_empty());
 }
 
+/// Input gradients of up to 320 rows take a way of their own, in two parts where the outputs are many.
+#[test]
+fn few_rows_through_bf16_weights_have_the_bits_of_many_rows() {
+    let (n, k) = (1400, 101);
+    let case = Case::new(330, n, k, 23);
+    under_every_bf16_rule(|_| {
+        for write in [Write::Set, Write::Add] {
+            let many = case.run(2, true, write, 0.5);
+            for (m, threads) in [(1, 1), (17, 8), (70, 3), (320, 2)] {
+                let few = Case {
+                    m,
+                    x: case.x[..m * k].to_vec(),
+                    dy: case.dy[..m * n].to_vec(),
+                    w: case.w.clone(),
+                    ..case
+                };
+                let got = few.run(threads, true, write, 0.5);
+                assert_eq!(bits(&got[1]), bits(&many[1][..m * k]), "{m} rows");
+                if m == 17 {
+                    few.rounded().check(&got, 0.5, write);
+                }
+            }
+        }
+    });
+}
+
 #[test]
 fn rows_are_looked_up_and_scattered_in_order() {
     let pool = Pool::new(3);

@@ -14,6 +14,7 @@ use super::segments::{Segment, Span, Transposed};
 use crate::pool::Pool;
 use crate::shared::{Block, Shared};
 use crate::simd::{LANES, Simd, simd_fn};
+use crate::zeros::clear;
 
 /// dqkv = gradient for the fused rows, given the forward's `out` and `dout`, both [rows, heads·d]. All of dqkv is overwritten; rows
 /// of no segment get zero.
@@ -29,7 +30,7 @@ pub fn segment_attention_backward(
     shape.check();
     assert_eq!(dqkv.len(), qkv.len(), "dqkv is like qkv");
     assert_eq!(out.len(), dout.len(), "dout is like out");
-    dqkv.fill(0.0);
+    clear(pool, dqkv);
     let keys = Transposed::new(pool, shape, qkv, segs, shape.k_at(0));
     let values = Transposed::new(pool, shape, qkv, segs, shape.v_at(0));
     let mut groups = connected(segs);

@@ -131,6 +131,8 @@ pub(super) struct Ahead {
     pub panel: *const u8,
     /// How many of them at each step.
     pub lines: usize,
+    /// Bytes from one step's lines to the next one's; 0 where they follow each other.
+    pub stride: usize,
     /// Sums that are written next, two lines at each step; null for none.
     pub sums: *const u8,
 }
@@ -178,8 +180,9 @@ unsafe fn steps_of<const HALF: bool, const LINES: usize, const SUMS: bool>(
                     s128 = in(reg) 128usize, options(nostack, readonly, preserves_flags)
                 );
             }
+            let stride = if ahead.stride == 0 { LINES * 64 } else { ahead.stride };
             for line in 0..LINES {
-                _mm_prefetch::<_MM_HINT_T1>(ahead.panel.wrapping_add((step * LINES + line) * 64).cast());
+                _mm_prefetch::<_MM_HINT_T1>(ahead.panel.wrapping_add(step * stride + line * 64).cast());
             }
             if SUMS {
                 let sums = ahead.sums.wrapping_add(step * 128);

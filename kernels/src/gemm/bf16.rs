@@ -11,7 +11,7 @@ use super::Write;
 #[cfg(target_arch = "x86_64")]
 use super::amx::amx_is_usable;
 use super::bf16_pack::{pack_tile, pair_strided_rows, row_part, transpose, transpose_rows};
-use super::bf16_product::{Right, multiply, multiply_into_panels};
+use super::bf16_product::{FEW_ROWS, LEFT_BYTES, Right, multiply, multiply_into_panels, multiply_transposed};
 use crate::buffer::Buffer;
 use crate::isa::{Isa, isa};
 use crate::panel::{PANEL, panels_len};
@@ -187,7 +187,8 @@ pub(super) fn forward(
     });
 }
 
-/// dx[m, k] (+)= dy[m, n]·W: parts of W are transposed to panels of k, over which the sums run on.
+/// dx[m, k] (+)= dy[m, n]·W: parts of W are transposed to panels of k, over which the sums run on. Few rows take
+/// pieces that stay in L1, made by whoever uses them; many share parts that stay in L2.
 pub(super) fn input_gradient(
     pool: &Pool,
     dy: &[f32],
@@ -199,9 +200,13 @@ pub(super) fn input_gradient(
     write: Write,
 ) {
     let panels = k.div_ceil(PANEL);
+    let few = m <= FEW_ROWS;
+    let parts = match few {
+        true => (n * m.next_multiple_of(TILE_ROWS) * size_of::<u16>()).div_ceil(LEFT_BYTES),
+        false => (n * panels * PANEL).div_ceil(TRANSPOSED),
+    };
     // Equal parts of whole steps.
-    let parts = (n * panels * PANEL).div_ceil(TRANSPOSED).max(1);
-    let part = n.div_ceil(parts).next_multiple_of(STEP).max(STEP);
+    let part = n.div_ceil(parts.max(1)).next_multiple_of(STEP).max(STEP);
     if write == Write::Set && n == 0 {
         dx.fill(0.0);
     }
@@ -210,6 +215,11 @@ pub(super) fn input_gradient(
             let len = part.min(n - from);
             let steps = len.div_ceil(STEP);
             pack_left(pool, dy, m, n, from, len, left);
+            let write = if from == 0 { write } else { Write::Add };
+            if few {
+                multiply_transposed(pool, left, m, w, k, from, steps, Shared::new(dx), write);
+                continue;
+            }
             right.reserve(panels * steps * PANEL_STEP);
             let transposed = Shared::new(right);
             pool.run(panels, |q| {
@@ -218,7 +228,6 @@ pub(super) fn input_gradient(
                 transpose(w, k, from, q, to);
             });
             let right = Right { panels: right, pairs: steps * PAIRS };
-            let write = if from == 0 { write } else { Write::Add };
             multiply(pool, left, m, right, k, Shared::new(dx), write);
         }
     });

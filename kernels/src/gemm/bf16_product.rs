@@ -11,7 +11,8 @@ use std::ops::Range;
 use super::Write;
 #[cfg(target_arch = "x86_64")]
 use super::amx;
-use super::bf16::{Bf16Rule, PAIRS, PANEL_STEP, TILE, TILE_ROWS, bf16_rule};
+use super::bf16::{Bf16Rule, PAIRS, PANEL_STEP, STEP, TILE, TILE_ROWS, bf16_rule};
+use super::bf16_pack::transpose;
 use crate::panel::PANEL;
 use crate::pool::Pool;
 use crate::shared::{Block, Shared};
@@ -24,11 +25,13 @@ const PAIR: usize = 2 * TILE_ROWS;
 const MOST_ROWS: usize = 512;
 
 /// Bytes of left tiles of a work item: they stay in a 2 MiB L2 beside panels and sums.
-const LEFT_BYTES: usize = 800 << 10;
+pub(super) const LEFT_BYTES: usize = 800 << 10;
 
 /// Most steps of a piece of a panel: 18 KiB of it and as much of the left factor fit a 48 KiB L1.
-#[cfg(target_arch = "x86_64")]
 const CHUNK: usize = 9;
+
+/// Most rows of a product whose right factor may be transposed piece by piece: more rows are worth keeping it for.
+pub(super) const FEW_ROWS: usize = 320;
 
 /// Outputs from this size on are written past the caches.
 const STREAM_BYTES: usize = 2 << 20;
@@ -125,6 +128,129 @@ fn walk<'a>(
     });
 }
 
+/// dx[m, k] (+)= left tiles · W[from.., ..] over `steps` steps of outputs, for at most [`FEW_ROWS`] rows: pieces of panels of W
+/// are transposed where they are used, in L1, the next one on its way to L2 meanwhile. A sum has the order of [`multiply`].
+pub(super) fn multiply_transposed(
+    pool: &Pool,
+    left: &[u16],
+    m: usize,
+    w: &[u16],
+    k: usize,
+    from: usize,
+    steps: usize,
+    dx: Shared<f32>,
+    write: Write,
+) {
+    assert!(m <= FEW_ROWS && m.div_ceil(TILE_ROWS) * steps * TILE <= left.len());
+    let panels = k.div_ceil(PANEL);
+    let run = (panels / (pool.threads() * 4)).max(1);
+    let rule = bf16_rule();
+    pool.run(panels.div_ceil(run), |item| {
+        let mut sums = Aligned([0.0f32; FEW_ROWS * PANEL]);
+        let mut piece = Aligned([0u16; CHUNK * PANEL_STEP]);
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: the rule is in use only where the machine has AMX.
+        let tiles = (rule == Bf16Rule::Amx).then(|| unsafe { amx::Tiles::new() });
+        let end = (item * run + run).min(panels);
+        for q in item * run..end {
+            // SAFETY: these columns belong to one item.
+            let y = unsafe { dx.block(q * PANEL, k, m, PANEL.min(k - q * PANEL)) };
+            sums.0[..m.next_multiple_of(PAIR) * PANEL].fill(0.0);
+            if write == Write::Add {
+                y.read(0, m, &mut sums.0);
+            }
+            for first in (0..steps).step_by(CHUNK) {
+                let count = CHUNK.min(steps - first);
+                let piece = &mut piece.0[..count * PANEL_STEP];
+                transpose(w, k, from + first * STEP, q, piece);
+                #[cfg(target_arch = "x86_64")]
+                if let Some(tiles) = &tiles {
+                    let next = match first + count < steps {
+                        true => Some((first + count, q)),
+                        false => (q + 1 < end).then_some((0, q + 1)),
+                    };
+                    amx_piece(tiles, left, steps, first, m, piece, &mut sums.0, |lines| {
+                        let row = k.div_ceil(2) * 2 * PANEL;
+                        let at = next.map_or(0, |(step, q)| (from / PANEL + step) * row + q * PANEL_STEP);
+                        amx::Ahead {
+                            panel: w.as_ptr().wrapping_add(at).cast(),
+                            lines: if next.is_some() { lines } else { 0 },
+                            stride: size_of::<u16>() * row,
+                            sums: std::ptr::null(),
+                        }
+                    });
+                    continue;
+                }
+                for r in (0..m).step_by(PAIR) {
+                    let rows = PAIR.min(m - r);
+                    let left =
+                        &left[r / TILE_ROWS * steps * TILE..][..rows.div_ceil(TILE_ROWS) * steps * TILE];
+                    let c = sums.0[r * PANEL..][..PAIR * PANEL].as_mut_ptr();
+                    plain_steps(
+                        rule,
+                        &Product {
+                            left,
+                            steps,
+                            from: first,
+                            count,
+                            panel: piece,
+                            c,
+                            stride: PANEL,
+                            rows,
+                            write: Write::Add,
+                        },
+                    );
+                }
+            }
+            y.write(0, m, &sums.0);
+        }
+    });
+}
+
+/// sums[m, 32] += steps `first..` of the left tiles · a piece of a panel. Meanwhile each group of 32 rows fetches its share of what
+/// comes next: `ahead` is told how many lines of 64 bytes a step, from which the groups take turns.
+#[cfg(target_arch = "x86_64")]
+fn amx_piece(
+    tiles: &amx::Tiles,
+    left: &[u16],
+    steps: usize,
+    first: usize,
+    m: usize,
+    piece: &[u16],
+    sums: &mut [f32],
+    ahead: impl Fn(usize) -> amx::Ahead,
+) {
+    let count = piece.len() / PANEL_STEP;
+    let groups = m.div_ceil(PAIR);
+    assert!(m.div_ceil(TILE_ROWS) * steps * TILE <= left.len() && first + count <= steps);
+    assert!(groups * PAIR * PANEL <= sums.len());
+    let lines = PANEL.div_ceil(groups);
+    for group in 0..groups {
+        let rows = PAIR.min(m - group * PAIR);
+        let mut ahead = ahead(lines);
+        ahead.panel = ahead.panel.wrapping_add(group * lines * 64);
+        // SAFETY: the asserts cover the tiles of these rows, which are two where there are more than 16 rows, and 32 rows of sums.
+        unsafe {
+            let left = left.as_ptr().add((2 * group * steps + first) * TILE).cast();
+            let sums = sums.as_mut_ptr().add(group * PAIR * PANEL).cast();
+            let sums = amx::Rows { start: sums, stride: 4 * PANEL };
+            let half = rows <= TILE_ROWS;
+            let panel = piece.as_ptr().cast();
+            tiles.block(left, steps * amx::TILE, panel, count, Some(sums), sums, half, ahead);
+        }
+    }
+}
+
+/// A product without AMX.
+fn plain_steps(rule: Bf16Rule, product: &Product) {
+    match rule {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: the rule is in use only where the machine has the instruction.
+        Bf16Rule::Dot => unsafe { dot(product) },
+        _ => fused(product),
+    }
+}
+
 /// A short last step of a panel, padded with zeros, so that no rule reads beyond the panel.
 fn padded_tail(panel: &[u16]) -> Aligned<[u16; PANEL_STEP]> {
     let mut tail = Aligned([0; PANEL_STEP]);
@@ -205,6 +331,7 @@ fn amx_panel(
                     .cast::<u8>()
                     .wrapping_add(from * 2 * amx::TILE + at * count * 64),
                 lines: if at < PANEL { lines } else { 0 },
+                stride: 0,
                 sums: match next_sums {
                     0 => std::ptr::null(),
                     next => place.start.wrapping_add(next + from * 4 * PANEL),
@@ -254,13 +381,7 @@ fn plain_panel(
             if count == 0 && (from > 0 || steps > 0) {
                 continue;
             }
-            let product = Product { left, steps, from, count, panel, c, stride, rows, write };
-            match rule {
-                #[cfg(target_arch = "x86_64")]
-                // SAFETY: the rule is in use only where the machine has the instruction.
-                Bf16Rule::Dot => unsafe { dot(&product) },
-                _ => fused(&product),
-            }
+            plain_steps(rule, &Product { left, steps, from, count, panel, c, stride, rows, write });
             write = Write::Add;
         }
         if !in_place {
