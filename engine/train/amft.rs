@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::answer::VALIDATION;
 use super::batch::StepBatch;
+use super::grpo::Step;
 use super::tasks::Tasks;
 use super::{Run, State};
 use crate::config::{AmftConfig, Validation};
@@ -104,23 +105,24 @@ impl Imitation<'_> {
 
 impl Run {
     /// The cosine between the gradient of the validation loss and that of `L_SFT - L_RL`, on the steps that measure it.
-    #[allow(clippy::too_many_arguments)]
     pub(super) fn meta_gradient(
         &self,
         config: &AmftConfig,
         learner: &mut Learner,
         engine: &mut RolloutEngine,
         sampling: &SamplingConfig,
-        imitation: &Imitation,
-        batch: &StepBatch,
-        rollouts: &impl Fn(&[Piece], &Scores) -> LossOutputs,
+        shown_rows: &[usize],
+        step: &Step,
     ) -> Result<Option<f64>> {
         if !config.has_meta() || !self.state.step_in_stage.is_multiple_of(config.meta_every) {
             return Ok(None);
         }
-        let warp = sampling.warp();
+        let Some(imitation) = imitation(&self.tasks, &self.state, shown_rows)? else { return Ok(None) };
+        let (batch, warp) = (&step.batch, &step.warp);
+        let objective = &self.recipe.algorithm.objective;
+        let rollouts = |pieces: &[Piece], scores: &Scores| step.loss(objective, pieces, scores);
         let groups: Vec<GroupTokens> = batch.groups.iter().chain(&imitation.groups).cloned().collect();
-        let apart = learner.gradient(&self.pool, &self.policy, &groups, &warp, |pieces, scores| {
+        let apart = learner.gradient(&self.pool, &self.policy, &groups, warp, |pieces, scores| {
             Ok(imitation.blend(pieces, scores, batch.groups.len(), (-1.0, 1.0), rollouts).0)
         })?;
         let wanted = match config.validation {
@@ -130,7 +132,7 @@ impl Run {
                 let groups: Vec<GroupTokens> =
                     set.prompts.iter().zip(&set.demonstrations).map(|(p, d)| shown(p, d)).collect();
                 let weight = -1.0 / count(&groups)? as f32;
-                learner.gradient(&self.pool, &self.policy, &groups, &warp, |_, scores| {
+                learner.gradient(&self.pool, &self.policy, &groups, warp, |_, scores| {
                     let n = scores.logprobs.len();
                     Ok(ScoreGrads { logprobs: vec![weight; n], entropies: vec![0.0; n] })
                 })?

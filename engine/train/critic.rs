@@ -104,11 +104,6 @@ impl Run {
         learning_rate(o.schedule, peak, update, total, o.warmup_updates)
     }
 
-    /// Whether a step is one of those in which only the critic learns.
-    pub(super) fn is_critics_own(&self, step: u64) -> bool {
-        self.recipe.algorithm.critic.is_some_and(|c| step <= c.warmup_steps)
-    }
-
     /// What a checkpoint keeps of the critic, by name.
     pub(super) fn critic_buffers(&self) -> Vec<(&'static str, Values<'_>)> {
         let Some(critic) = &self.critic else { return Vec::new() };

@@ -22,7 +22,9 @@ mod saved;
 mod sft;
 mod size;
 mod stage_rows;
+mod step_log;
 mod tasks;
+mod update;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
