@@ -13,7 +13,7 @@ use rft_rewards::{RewardError, RewardSpec, Source};
 use serde_json::{Map, Value, json};
 
 use crate::bench::BenchCommand;
-use crate::config::{Precision, Recipe, RewardConfig, parse_precision};
+use crate::config::{DevicesConfig, Precision, Recipe, RewardConfig, parse_precision};
 use crate::data::prompts::{Places, Renderer, Row, read_jsonl, read_placed};
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{EngineError, Result};
@@ -128,9 +128,9 @@ pub struct DistributionArgs {
 /// How completions are drawn on the command line.
 #[derive(Debug, Args)]
 pub struct SamplingArgs {
-    /// Longest completion, in tokens.
-    #[arg(long, default_value_t = 256)]
-    pub max_new_tokens: usize,
+    /// Longest completion, in tokens [default: 256, or what the model's context leaves].
+    #[arg(long)]
+    pub max_new_tokens: Option<usize>,
     #[command(flatten)]
     #[allow(missing_docs)]
     pub distribution: DistributionArgs,
@@ -186,7 +186,7 @@ pub struct EvalArgs {
     #[arg(long, required = true)]
     pub reward: Vec<String>,
     /// Completions a prompt; more than one also gives pass@k.
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, default_value_t = 1, value_parser = at_least_one)]
     pub samples: usize,
     /// Use only the first N rows; 0 uses all.
     #[arg(long, default_value_t = 0)]
@@ -212,7 +212,7 @@ pub struct GenerateArgs {
     #[arg(long)]
     pub data: Option<PathBuf>,
     /// Completions a prompt.
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, default_value_t = 1, value_parser = at_least_one)]
     pub n: usize,
     #[command(flatten)]
     #[allow(missing_docs)]
@@ -317,10 +317,14 @@ pub fn run() -> Result<()> {
         Command::Verify(args) => verify(&args),
         Command::Export(args) => export(&args),
         Command::Report(args) => crate::report::html::write(&args.run),
-        Command::Bench(args) => crate::bench::run(&args.command, &mut |json, text| match args.json {
-            true => println!("{json}"),
-            false => println!("{text}"),
-        }),
+        Command::Bench(args) => {
+            let mut written = Ok(());
+            crate::bench::run(&args.command, &mut |json, text| {
+                let line = if args.json { format!("{json}\n") } else { format!("{text}\n") };
+                written = std::mem::replace(&mut written, Ok(())).and_then(|()| print_text(&line));
+            })?;
+            written
+        }
         Command::Devices => devices(),
     }
 }
@@ -351,11 +355,8 @@ fn launch(args: LaunchArgs) -> Result<()> {
     let text = recipe.to_toml();
     let run = Run::prepare(recipe)?;
     if args.dry_run {
-        print!(
-            "{text}\n# memory plan\n{}",
-            run.plan().to_string().lines().map(|l| format!("#{l}\n")).collect::<String>()
-        );
-        return Ok(());
+        let plan: String = run.plan().to_string().lines().map(|l| format!("#{l}\n")).collect();
+        return print_text(&format!("{text}\n# memory plan\n{plan}"));
     }
     eprintln!("{}", run.describe());
     static STOP: AtomicBool = AtomicBool::new(false);
@@ -389,9 +390,9 @@ struct Loaded {
 impl Loaded {
     fn open(args: &ModelArgs) -> Result<Self> {
         let source = ModelSource::open(&args.model)?;
-        let threads =
-            crate::config::DevicesConfig { threads: args.threads, ..Default::default() }.thread_count();
-        let pool = Pool::new(threads);
+        let devices = DevicesConfig { threads: args.threads, ..Default::default() };
+        devices.check().map_err(|message| EngineError::Config(format!("--{message}")))?;
+        let pool = Pool::new(devices.thread_count());
         let mut policy = Policy::load_on(&pool, &source, None, 0)?;
         policy.kv_precision = args.kv_precision;
         Ok(Self { pool, policy, tokenizer: source.tokenizer()?, source })
@@ -401,7 +402,7 @@ impl Loaded {
         let most = self.policy.spec.max_positions;
         if positions > most {
             return Err(EngineError::Config(format!(
-                "{positions} positions are needed and the model has {most}. hint: lower --max-new-tokens or shorten the prompts"
+                "{positions} positions are needed and the model has {most}. hint: fewer new tokens, or shorter prompts"
             )));
         }
         self.policy.prepare(&self.pool, positions, precision);
@@ -429,11 +430,12 @@ impl Loaded {
         rows.iter().enumerate().map(|(i, row)| renderer.prompt(i, row).map(Arc::new)).collect()
     }
 
-    fn sampling(&self, args: &SamplingArgs) -> Result<SamplingConfig> {
+    fn sampling(&self, args: &SamplingArgs, prompts: &[Arc<Prompt>]) -> Result<SamplingConfig> {
         let mut stop_tokens = self.tokenizer.eos().to_vec();
         stop_tokens.extend(self.policy.spec.eos.iter().filter(|id| !self.tokenizer.eos().contains(id)));
+        let room = self.policy.spec.max_positions.saturating_sub(longest(prompts));
         let sampling = SamplingConfig {
-            max_new_tokens: args.max_new_tokens,
+            max_new_tokens: args.max_new_tokens.unwrap_or(room.clamp(1, 256)),
             temperature: args.distribution.temperature,
             top_k: args.distribution.top_k,
             top_p: args.distribution.top_p,
@@ -454,12 +456,25 @@ impl Loaded {
     }
 }
 
+fn at_least_one(text: &str) -> std::result::Result<usize, String> {
+    text.parse().ok().filter(|n| *n >= 1).ok_or_else(|| "a whole number of at least 1 is needed".into())
+}
+
 fn longest(prompts: &[Arc<Prompt>]) -> usize {
     prompts.iter().map(|p| p.tokens.len()).max().unwrap_or(0)
 }
 
 fn print_line(value: &Value) -> Result<()> {
-    writeln!(std::io::stdout().lock(), "{value}").map_err(EngineError::io("standard output"))
+    print_text(&format!("{value}\n"))
+}
+
+/// Writes to stdout; a reader that has seen enough (`| head`) ends the program, as other filters end.
+fn print_text(text: &str) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => std::process::exit(141),
+        written => written.map_err(EngineError::io("standard output")),
+    }
 }
 
 fn eval(args: &EvalArgs) -> Result<()> {
@@ -471,7 +486,7 @@ fn eval(args: &EvalArgs) -> Result<()> {
     let mut loaded = Loaded::open(&args.model)?;
     let scorer = Scorer::new(&rewards, loaded.pool.threads())?;
     let prompts = loaded.prompts(&rows, args.prompt.as_deref(), &args.rendering, Some(&places))?;
-    let sampling = loaded.sampling(&args.sampling)?;
+    let sampling = loaded.sampling(&args.sampling, &prompts)?;
     loaded.prepare(longest(&prompts) + sampling.max_new_tokens, args.model.precision)?;
     let mut engine = loaded.engine(&prompts, args.samples, sampling.max_new_tokens);
     let evaluation = Evaluation {
@@ -525,7 +540,7 @@ fn generate(args: &GenerateArgs) -> Result<()> {
     };
     let mut loaded = Loaded::open(&args.model)?;
     let prompts = loaded.prompts(&rows, template, &args.rendering, places.as_ref())?;
-    let sampling = loaded.sampling(&args.sampling)?;
+    let sampling = loaded.sampling(&args.sampling, &prompts)?;
     loaded.prepare(longest(&prompts) + sampling.max_new_tokens, args.model.precision)?;
     let mut engine = loaded.engine(&prompts, args.n, sampling.max_new_tokens);
     let requests: Vec<Request> =
@@ -619,7 +634,9 @@ fn score_row(row: &Row, loaded: &Loaded, args: &LogprobsArgs) -> std::result::Re
     let (prompt, completion) = match (row.get("prompt_tokens"), ids("prompt_ids")?, row.get("prompt")) {
         (Some(n), _, _) => {
             let n = n.as_u64().filter(|n| *n >= 1 && *n <= tokens.len() as u64);
-            let n = n.ok_or_else(|| format!("`prompt_tokens` must be in 1..={}", tokens.len()))? as usize;
+            let most = tokens.len();
+            let n = n.ok_or_else(|| format!("`prompt_tokens` must be from 1 to the {most} of `tokens`"))?
+                as usize;
             (tokens[..n].to_vec(), tokens[n..].to_vec())
         }
         (None, Some(prompt), _) => (prompt, tokens),
@@ -653,9 +670,10 @@ fn score_row(row: &Row, loaded: &Loaded, args: &LogprobsArgs) -> std::result::Re
 
 fn devices() -> Result<()> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    println!("cpu   {cores} cores, kernels for {}", rft_kernels::isa().name());
-    println!("cuda  not built in: this build has CPU kernels only");
-    Ok(())
+    print_text(&format!(
+        "cpu   {cores} cores, kernels for {}\ncuda  not built in: this build has CPU kernels only\n",
+        rft_kernels::isa().name()
+    ))
 }
 
 fn verify(args: &VerifyArgs) -> Result<()> {
@@ -677,7 +695,7 @@ fn verify(args: &VerifyArgs) -> Result<()> {
         if args.json {
             print_line(&serde_json::to_value(&report).map_err(|e| EngineError::Reward(e.to_string()))?)?;
         } else {
-            writeln!(std::io::stdout().lock(), "{report}").map_err(EngineError::io("standard output"))?;
+            print_text(&format!("{report}\n"))?;
         }
         if !report.passed() {
             failed.push(name.as_str());
@@ -703,7 +721,7 @@ fn own_cases(script: &rft_rewards::Script) -> Result<Vec<Row>> {
 fn score(args: &ScoreArgs) -> Result<()> {
     let rows = read_jsonl(&args.data)?;
     let rewards: Vec<RewardConfig> = args.reward.iter().map(|r| reward_config(r)).collect();
-    let threads = crate::config::DevicesConfig::default().thread_count();
+    let threads = DevicesConfig::default().thread_count();
     let scorer = Scorer::new(&rewards, threads)?;
     let results = scorer
         .score_rows(&rows, args.step, args.total_steps)
@@ -760,6 +778,7 @@ fn export(args: &ExportArgs) -> Result<()> {
             args.out.display()
         )));
     }
-    let recipe = Recipe::load(Some(&args.run.join("recipe.toml")), &[])?;
+    let recipe = Recipe::load(Some(&args.run.join("recipe.toml")), &[])
+        .map_err(|e| EngineError::Config(format!("{e}. hint: --run takes a folder that `launch` wrote")))?;
     Run::prepare(recipe)?.export(&args.run, &args.out, args.merge_lora)
 }

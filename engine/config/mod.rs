@@ -101,17 +101,17 @@ impl Recipe {
             from_file
         } else {
             let mut table: Table = text.parse().map_err(|e| located(&e, text, origin))?;
+            let mut read = layered_recipe(table.clone());
+            let mut source = origin.to_string();
             for item in overrides {
                 apply_override(&mut table, item)?;
+                let was_good = read.is_ok();
+                read = layered_recipe(table.clone());
+                if was_good {
+                    source = format!("--set {item}");
+                }
             }
-            lay_algorithms(&mut table)?;
-            let merged = toml::to_string(&table).map_err(|e| EngineError::Config(e.to_string()))?;
-            let source = match overrides {
-                [] => origin.to_string(),
-                items => format!("--set {}", items.join(" --set ")),
-            };
-            toml::from_str(&merged)
-                .map_err(|e| EngineError::Config(format!("{source}: {}", with_nearest(e.message()))))?
+            read.map_err(|message| EngineError::Config(format!("{source}: {message}")))?
         };
         recipe.validate()?;
         let written: Table =
@@ -141,6 +141,13 @@ impl Recipe {
         }
         stages
     }
+}
+
+/// A recipe from its table, presets laid below it.
+fn layered_recipe(mut table: Table) -> std::result::Result<Recipe, String> {
+    lay_algorithms(&mut table).map_err(|e| e.to_string())?;
+    let merged = toml::to_string(&table).map_err(|e| e.to_string())?;
+    toml::from_str(&merged).map_err(|e| with_nearest(e.message()))
 }
 
 /// The path of a number that is none, a dot before every key.
@@ -220,6 +227,9 @@ fn lay_over(base: &mut Table, own: &Table) {
     }
 }
 
+/// Keys of lists of tables, which `--set` changes but does not make.
+const LISTS: [&str; 3] = ["reward", "stage", "task"];
+
 /// `a.b=value`, where value is TOML and a bare word is a string.
 fn apply_override(table: &mut Table, item: &str) -> Result<()> {
     let bad = |why: &str| EngineError::Config(format!("--set {item}: {why}"));
@@ -237,6 +247,9 @@ fn apply_override(table: &mut Table, item: &str) -> Result<()> {
         let mut node = &mut here;
         for part in path {
             node = match node {
+                Value::Table(t) if LISTS.contains(&part) && !t.contains_key(part) => {
+                    return Err(bad(&format!("the recipe has no [[{part}]]. hint: add one to the file")));
+                }
                 Value::Table(t) => t.entry(part).or_insert_with(|| Value::Table(Table::new())),
                 Value::Array(list) => {
                     let index: usize = part

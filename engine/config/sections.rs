@@ -452,6 +452,17 @@ impl Default for DevicesConfig {
 }
 
 impl DevicesConfig {
+    /// Refuses more threads than a machine has use for.
+    ///
+    /// # Errors
+    /// More than 1024 threads.
+    pub fn check(&self) -> std::result::Result<(), String> {
+        match self.threads {
+            0..=1024 => Ok(()),
+            n => Err(format!("threads must be at most 1024, got {n}. hint: 0 takes every core")),
+        }
+    }
+
     /// Compute threads with 0 resolved to this machine's cores.
     pub fn thread_count(&self) -> usize {
         match self.threads {

@@ -208,6 +208,9 @@ impl Recipe {
                 (Some(_), Some(_)) => {
                     return fail(format!("{place}: `path` and `arithmetic` exclude each other"));
                 }
+                (None, Some(arithmetic)) => arithmetic
+                    .check()
+                    .map_err(|message| EngineError::Config(format!("{place}: arithmetic: {message}")))?,
                 _ => {}
             }
             if !(task.weight > 0.0 && task.weight.is_finite()) {

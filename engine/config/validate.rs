@@ -151,6 +151,13 @@ impl Recipe {
                 other => other,
             })?;
         }
+        self.devices.check().map_err(|message| EngineError::Config(format!("devices.{message}")))?;
+        if self.name.is_empty() || self.name.contains(['/', '\\']) {
+            return fail(format!(
+                "name must be a plain word: runs are written to runs/NAME-1; got {:?}",
+                self.name
+            ));
+        }
         let r = &self.rollout;
         for (key, value) in [
             ("rollout.prompts_per_step", r.prompts_per_step),

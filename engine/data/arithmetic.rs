@@ -42,6 +42,32 @@ impl Default for ArithmeticConfig {
     }
 }
 
+impl ArithmeticConfig {
+    /// Refuses a task without a problem in each of the two sets.
+    ///
+    /// # Errors
+    /// Operands that are too small.
+    pub fn check(&self) -> std::result::Result<(), String> {
+        let most = self.max_operand.min(MOST_TRIED);
+        let kinds = (0..=most).flat_map(|a| (0..=most).map(move |b| is_heldout(a, b)));
+        match kinds.clone().any(|heldout| heldout) && kinds.clone().any(|heldout| !heldout) {
+            true => Ok(()),
+            false => Err(format!(
+                "max_operand = {} leaves no problem to train on or none to hold out. hint: 9 or more",
+                self.max_operand
+            )),
+        }
+    }
+}
+
+/// Operands up to here have problems in both sets.
+const MOST_TRIED: u64 = 9;
+
+/// One pair in eight is held out, whatever the seed.
+fn is_heldout(a: u64, b: u64) -> bool {
+    Stream::new(0, Purpose::Task, &[a, b]).at(0).is_multiple_of(8)
+}
+
 /// Which of the two disjoint sets a row belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Split {
@@ -72,9 +98,7 @@ fn problem(config: &ArithmeticConfig, seed: u64, split: Split, row: u64) -> Map<
     let mut draw = Stream::new(seed, Purpose::Task, &[split as u64, row]);
     let (a, b) = loop {
         let (a, b) = (draw.below(config.max_operand + 1), draw.below(config.max_operand + 1));
-        // one pair in eight is held out, whatever the seed
-        let heldout = Stream::new(0, Purpose::Task, &[a, b]).at(0).is_multiple_of(8);
-        if heldout == (split == Split::Heldout) {
+        if is_heldout(a, b) == (split == Split::Heldout) {
             break (a, b);
         }
     };

@@ -50,7 +50,17 @@ const MAX_ROW: usize = 64 << 20;
 /// # Errors
 /// As [`read_jsonl`].
 pub fn read_placed(path: &Path) -> Result<(Vec<Row>, Places)> {
-    let text = std::fs::read_to_string(path).map_err(EngineError::io(path))?;
+    let bytes = std::fs::read(path).map_err(EngineError::io(path))?;
+    let text = std::str::from_utf8(&bytes).map_err(|e| {
+        let line = bytes[..e.valid_up_to()].iter().filter(|b| **b == b'\n').count() + 1;
+        let byte = bytes[e.valid_up_to()];
+        let message = format!(
+            "byte 0x{byte:02x} is not UTF-8. hint: convert the file, or unpack it if it is compressed"
+        );
+        EngineError::malformed(path, format!("line {line}"), message)
+    })?;
+    // some editors begin a file with a byte order mark
+    let text = text.trim_start_matches('\u{feff}');
     let (mut rows, mut lines) = (Vec::new(), Vec::new());
     for (i, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
         let bad = |message: String| EngineError::malformed(path, format!("line {}", i + 1), message);
@@ -214,6 +224,9 @@ fn fill(template: &str, row: &Row) -> std::result::Result<String, String> {
         let field = &rest[..end];
         match row.get(field) {
             Some(Value::String(text)) => out.push_str(text),
+            Some(Value::Null) => {
+                return Err(format!("the prompt template names `{{{field}}}`, which is null here"));
+            }
             Some(other) => out.push_str(&other.to_string()),
             None => {
                 let known: Vec<&str> = row.keys().map(String::as_str).collect();

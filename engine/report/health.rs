@@ -330,6 +330,16 @@ impl History {
     pub fn counts(&self) -> serde_json::Map<String, serde_json::Value> {
         self.counts.iter().map(|(health, n)| (health.as_str().to_string(), (*n).into())).collect()
     }
+
+    /// What to say of a run in which no step learned.
+    pub fn none_learned(&self) -> Option<String> {
+        if self.counts.is_empty() || self.counts.contains_key(&Health::Learning) {
+            return None;
+        }
+        let of = |(health, n): (&Health, &u64)| format!("{} {n}", health.as_str());
+        let why = self.counts.iter().map(of).collect::<Vec<_>>().join(", ");
+        Some(format!("none of {} steps learned anything: {why}", self.counts.values().sum::<u64>()))
+    }
 }
 
 fn because(health: Health, why: String) -> Verdict {

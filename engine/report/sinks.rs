@@ -1,6 +1,6 @@
 //! The run folder: what is where in it, and appending to it without losing or repeating a step.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 
@@ -19,6 +19,24 @@ pub struct RunFolder {
     /// Opened by the first supervised step.
     sft: Option<File>,
     events: EventWriter,
+    _lock: File,
+}
+
+/// Keeps other processes from writing into a run folder, as long as the file that it returns is open.
+///
+/// # Errors
+/// A folder that another process is at work in; a recipe that cannot be opened.
+pub fn lock(root: &Path) -> Result<File> {
+    let path = root.join("recipe.toml");
+    let file = File::open(&path).map_err(EngineError::io(&path))?;
+    match file.try_lock() {
+        Err(TryLockError::WouldBlock) => Err(EngineError::Config(format!(
+            "another process is at work in {}. hint: wait until it ends, or stop it",
+            root.display()
+        ))),
+        // a file system without locks
+        Ok(()) | Err(TryLockError::Error(_)) => Ok(file),
+    }
 }
 
 /// Lines of supervised steps, apart from metrics.jsonl because they count steps of their own.
@@ -39,28 +57,29 @@ impl RunFolder {
         fs::create_dir_all(root).map_err(EngineError::io(root))?;
         let path = root.join("recipe.toml");
         fs::write(&path, recipe).map_err(EngineError::io(&path))?;
-        Self::open(root, 0)
+        Self::open(root, 0, lock(root)?)
     }
 
-    /// Opens a run folder to go on after `step`, and `sft_step` of the supervised ones: later lines are dropped.
+    /// Opens a run folder to go on after `step`, and `sft_step` of the supervised ones: later lines are dropped. `lock` is
+    /// [`lock`]'s.
     ///
     /// # Errors
     /// Files that cannot be read or written.
-    pub fn resume(root: &Path, step: u64, sft_step: u64) -> Result<Self> {
+    pub fn resume(root: &Path, step: u64, sft_step: u64, lock: File) -> Result<Self> {
         for (name, step) in [("metrics.jsonl", step), ("samples.jsonl", step), (SFT, sft_step)] {
             keep_steps(&root.join(name), step)?;
         }
-        Self::open(root, step)
+        Self::open(root, step, lock)
     }
 
-    fn open(root: &Path, step: u64) -> Result<Self> {
+    fn open(root: &Path, step: u64, lock: File) -> Result<Self> {
         let append = |name: &str| {
             let path = root.join(name);
             OpenOptions::new().create(true).append(true).open(&path).map_err(EngineError::io(path))
         };
         let (metrics, samples) = (append("metrics.jsonl")?, append("samples.jsonl")?);
         let events = EventWriter::create(root, step)?;
-        Ok(Self { root: root.to_path_buf(), metrics, samples, sft: None, events })
+        Ok(Self { root: root.to_path_buf(), metrics, samples, sft: None, events, _lock: lock })
     }
 
     /// The folder.
@@ -162,7 +181,8 @@ mod tests {
         let path = root.join("metrics.jsonl");
         let torn = fs::read_to_string(&path).unwrap() + "{\"step\": 2, \"lo";
         fs::write(&path, torn).unwrap();
-        RunFolder::resume(&root, 2, 0).unwrap();
+        drop(run);
+        RunFolder::resume(&root, 2, 0, lock(&root).unwrap()).unwrap();
         assert_eq!(fs::read_to_string(&path).unwrap().lines().count(), 2);
     }
 }

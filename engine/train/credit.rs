@@ -7,7 +7,7 @@ use serde_json::Value;
 use super::Run;
 use super::answer::GREEDY;
 use super::batch::{StepBatch, component_rows};
-use super::grpo::shortest;
+use super::step_log::shortest;
 use crate::advantage::dense::{self, Steps};
 use crate::advantage::{
     Advantages, Combine, CreditRule, Rewards, compare, filter_groups, grouped, matrix_advantages, returns,

@@ -54,7 +54,7 @@ use crate::report::forgetting::TaskMatrix;
 use crate::report::health::History;
 use crate::report::metrics::{EvalResult, Summary, environment, rss_peak_bytes};
 use crate::report::progress::{self, Example, Progress};
-use crate::report::sinks::RunFolder;
+use crate::report::sinks::{self, RunFolder};
 use crate::reward::{ScoredGroup, Scorer};
 use crate::rollout::{RolloutEngine, SamplingConfig};
 use amft::Balance;
@@ -233,12 +233,13 @@ impl Run {
         let checkpoints = root.join("checkpoints");
         let mut learner = Learner::new(&self.policy, self.plan.max_rows).recompute(self.plan.recompute);
         let mut folder = if resume {
+            let lock = sinks::lock(root)?;
             self.restore(&checkpoints, &mut learner)?;
             match self.position() {
                 0 => eprintln!("no checkpoint yet: starting from the first step"),
                 n => eprintln!("resuming after {n} steps"),
             }
-            RunFolder::resume(root, self.state.steps, self.state.sft_steps)?
+            RunFolder::resume(root, self.state.steps, self.state.sft_steps, lock)?
         } else {
             RunFolder::create(root, &self.recipe.to_toml())?
         };
@@ -392,6 +393,9 @@ impl Run {
         }
         if !self.state.matrix.tasks.is_empty() {
             eprint!("\n{}", self.state.matrix.to_text());
+        }
+        if let Some(line) = self.state.health.none_learned() {
+            eprintln!("\nwarning: {line}. hint: `health_reason` in metrics.jsonl says more of each step");
         }
         eprint!("\n{}", progress::places(root));
         eprint!("{}", self.plan.beside(seen, summary.rss_peak_bytes));

@@ -93,6 +93,10 @@ fn number(value: &Value, what: &str) -> Result<f64, Wrong> {
     if !number.is_finite() {
         return Err((ErrorKind::NotFinite, format!("{what} is {number}")));
     }
+    // means and deviations of larger ones would overflow
+    if number.abs() > f64::from(f32::MAX) {
+        return Err((ErrorKind::NotFinite, format!("{what} is {number:e}, beyond single precision")));
+    }
     Ok(number)
 }
 
