@@ -181,7 +181,6 @@ mod tests {
         let path = root.join("metrics.jsonl");
         let torn = fs::read_to_string(&path).unwrap() + "{\"step\": 2, \"lo";
         fs::write(&path, torn).unwrap();
-        drop(run);
         RunFolder::resume(&root, 2, 0, lock(&root).unwrap()).unwrap();
         assert_eq!(fs::read_to_string(&path).unwrap().lines().count(), 2);
     }
