@@ -163,7 +163,8 @@ impl Learner {
     /// Accumulates the gradient over all micro-batches and applies one update.
     ///
     /// # Errors
-    /// [`NonFinite`](crate::error::EngineError::NonFinite) for a logprob, loss gradient or gradient that is not finite: nothing is updated. Whatever the objective reports.
+    /// [`NonFinite`](crate::error::EngineError::NonFinite) for a logprob, loss gradient or gradient that is not finite: nothing is
+    /// updated. Whatever the objective reports.
     #[allow(clippy::too_many_arguments)]
     pub fn update(
         &mut self,
