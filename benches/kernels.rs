@@ -44,7 +44,6 @@ fn linear_layers(c: &mut Criterion) {
         let mut low = Buffer::<u16>::zeros(bf16_panels_len(n, k));
         to_bf16_panels(&pool, &panels, n, k, &mut low);
         let mut dw = Buffer::<f32>::zeros(panels.len());
-        let mut scratch = Vec::new();
         for (precision, bf16) in [("f32", None), ("bf16", Some(&low[..]))] {
             let w = Matrix { n, k, f32: &panels, bf16, quantized: None };
             let mut group = c.benchmark_group(format!("linear/{name}/{precision}"));
@@ -58,7 +57,7 @@ fn linear_layers(c: &mut Criterion) {
                     continue;
                 }
                 group.bench_function(BenchmarkId::new("dx", m), |b| {
-                    b.iter(|| linear_dx(&pool, black_box(&y), m, w, &mut dx, Write::Set, &mut scratch));
+                    b.iter(|| linear_dx(&pool, black_box(&y), m, w, &mut dx, Write::Set));
                 });
                 group.bench_function(BenchmarkId::new("dw", m), |b| {
                     b.iter(|| linear_dw(&pool, black_box(&y), &x, m, n, k, &mut dw, bf16.is_some()));

@@ -64,15 +64,14 @@ fn a_feed_forward_block_has_candles_gradients() {
     linear(&pool, &a, ROWS, matrix(HIDDEN, FFN, &dp), &mut out, Write::Set);
     close("output", &out, &y);
 
-    let mut scratch = Vec::new();
     let (mut da, mut dgu, mut dh) =
         (vec![0.0; ROWS * FFN], vec![0.0; ROWS * 2 * FFN], vec![0.0; ROWS * HIDDEN]);
     let (mut dx, mut dnorm) = (vec![0.0; ROWS * HIDDEN], vec![0.0; HIDDEN]);
     let (mut ddown, mut dgate_up) = (vec![0.0; dp.len()], vec![0.0; gp.len()]);
-    linear_dx(&pool, &weight, ROWS, matrix(HIDDEN, FFN, &dp), &mut da, Write::Set, &mut scratch);
+    linear_dx(&pool, &weight, ROWS, matrix(HIDDEN, FFN, &dp), &mut da, Write::Set);
     linear_dw(&pool, &weight, &a, ROWS, HIDDEN, FFN, &mut ddown, false);
     glu_backward(&pool, &gu, ROWS, FFN, Act::Silu, &da, &mut dgu, None);
-    linear_dx(&pool, &dgu, ROWS, matrix(2 * FFN, HIDDEN, &gp), &mut dh, Write::Set, &mut scratch);
+    linear_dx(&pool, &dgu, ROWS, matrix(2 * FFN, HIDDEN, &gp), &mut dh, Write::Set);
     linear_dw(&pool, &dgu, &h, ROWS, 2 * FFN, HIDDEN, &mut dgate_up, false);
     rms_norm_backward(&pool, &x, &norm, EPS, 0.0, &dh, &mut dx, Some(&mut dnorm));
 

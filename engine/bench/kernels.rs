@@ -138,9 +138,8 @@ fn products(
     if m < 64 {
         return;
     }
-    let mut scratch = Vec::new();
     let seconds = windows(args, |i| {
-        linear_dx(pool, &y, m, weights[i % weights.len()].matrix(), &mut dx, Write::Set, &mut scratch);
+        linear_dx(pool, &y, m, weights[i % weights.len()].matrix(), &mut dx, Write::Set);
     });
     report(rate(label("dX"), seconds, operations, bytes, machine.bound(operations, bytes)));
     let mut dw = Buffer::<f32>::zeros(panels_len(n, k));

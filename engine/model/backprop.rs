@@ -84,7 +84,6 @@ struct BackScratch {
     d_attn: Vec<f32>,
     d_qkv: Vec<f32>,
     d_delta: Vec<f32>,
-    transpose: Vec<f32>,
     columns: Vec<f32>,
 }
 
@@ -345,15 +344,7 @@ impl Trainer {
                 }
             });
             self.d_chunk.resize(self.chunk.len(), 0.0);
-            linear_dx(
-                pool,
-                &self.logits,
-                targets.len(),
-                head,
-                &mut self.d_chunk,
-                Write::Set,
-                &mut self.back.transpose,
-            );
+            linear_dx(pool, &self.logits, targets.len(), head, &mut self.d_chunk, Write::Set);
             let (base, waiting) = (&mut grads.base, &mut grads.base_waiting);
             let (d_logits, columns) = (&self.logits, &mut self.back.columns);
             w.base.add_weight_gradient(

@@ -168,7 +168,7 @@ impl Adapter {
                 }
             });
             lora.dropped.resize(dx.len(), 0.0);
-            linear_dx(pool, &s.output, m, weight, &mut lora.dropped, Write::Set, &mut lora.transpose);
+            linear_dx(pool, &s.output, m, weight, &mut lora.dropped, Write::Set);
             dropout(pool, &lora.dropped, weight.k, self.config.dropout, &keys, dx, Write::Add);
         }
     }

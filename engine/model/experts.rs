@@ -90,7 +90,6 @@ pub(super) struct ExpertScratch {
     d_weights: Vec<f32>,
     /// Gradient of the router's logits `[m, e]`.
     d_logits: Vec<f32>,
-    transpose: Vec<f32>,
     columns: Vec<f32>,
 }
 
@@ -234,7 +233,7 @@ pub(super) fn experts_backward(
         let d_act = &mut s.d_act[of.start * f..of.end * f];
         let d_y = &s.d_y[of.start * h..of.end * h];
         let down = w.base.matrix(slots.down[expert]);
-        linear_dx(pool, d_y, of.len(), down, d_act, Write::Set, &mut s.transpose);
+        linear_dx(pool, d_y, of.len(), down, d_act, Write::Set);
     }
     // The output is weight * down(act): the weight's gradient is the product of act and its gradient without the weight.
     s.d_weights = pool.map_chunks(&mut s.d_act, f, |pair, d| {
@@ -264,7 +263,7 @@ pub(super) fn experts_backward(
         }
         let matrix = w.base.matrix(gate_up);
         let d_x = &mut s.y[of.start * h..of.end * h];
-        linear_dx(pool, d_gate_up, n, matrix, d_x, Write::Set, &mut s.transpose);
+        linear_dx(pool, d_gate_up, n, matrix, d_x, Write::Set);
     }
 
     s.d_logits.resize(m * e, 0.0);
@@ -276,7 +275,7 @@ pub(super) fn experts_backward(
     let (base, waiting, columns) = (&mut grads.base, &mut grads.base_waiting, &mut s.columns);
     w.base.add_weight_gradient(pool, slots.router, &s.d_logits, x, m, base, waiting, columns);
     dx.resize(m * h, 0.0);
-    linear_dx(pool, &s.d_logits, m, w.base.matrix(slots.router), dx, Write::Set, &mut s.transpose);
+    linear_dx(pool, &s.d_logits, m, w.base.matrix(slots.router), dx, Write::Set);
     pool.map_chunks(dx, h, |row, dx| {
         for &pair in &routing.of_row[row * t..(row + 1) * t] {
             let from = &s.y[pair as usize * h..][..h];

@@ -58,7 +58,6 @@ pub struct LoraScratch {
     low: Vec<f32>,
     pub(super) high: Vec<f32>,
     d_low: Vec<f32>,
-    pub(super) transpose: Vec<f32>,
     columns: Vec<f32>,
 }
 
@@ -277,15 +276,15 @@ impl Adapter {
             let (low, high) = (&scratch.low, &scratch.high);
             self.arena.add_weight_gradient(pool, site.b, high, low, m, grads, waiting, columns);
             scratch.d_low.resize(m * a.n, 0.0);
-            linear_dx(pool, &scratch.high, m, b, &mut scratch.d_low, Write::Set, &mut scratch.transpose);
+            linear_dx(pool, &scratch.high, m, b, &mut scratch.d_low, Write::Set);
             self.arena.add_weight_gradient(pool, site.a, &scratch.d_low, x, m, grads, waiting, columns);
             match mask {
                 Some(keys) => {
                     let d = &mut scratch.dropped;
-                    linear_dx(pool, &scratch.d_low, m, a, d, Write::Set, &mut scratch.transpose);
+                    linear_dx(pool, &scratch.d_low, m, a, d, Write::Set);
                     dropout(pool, d, a.k, self.config.dropout, &keys, dx, Write::Add);
                 }
-                None => linear_dx(pool, &scratch.d_low, m, a, dx, Write::Add, &mut scratch.transpose),
+                None => linear_dx(pool, &scratch.d_low, m, a, dx, Write::Add),
             }
         }
     }

@@ -158,7 +158,6 @@ pub struct ProjectScratch {
     pub drop: Option<(u64, Vec<u64>)>,
     lora: LoraScratch,
     dora: DoraScratch,
-    transpose: Vec<f32>,
     columns: Vec<f32>,
 }
 
@@ -645,7 +644,7 @@ impl<'a> Weights<'a> {
         let weight = self.base.matrix(slots.dense(projection));
         let m = x.len() / weight.k;
         dx.resize(m * weight.k, 0.0);
-        let ProjectScratch { dora, lora, drop, .. } = scratch;
+        let ProjectScratch { dora, lora, drop, columns } = scratch;
         let drop = drop.as_ref().map(|(step, rows)| DropKeys { step: *step, rows });
         let whole = dy;
         let dropping = self.adapter.filter(|a| a.drops_base(drop));
@@ -659,17 +658,13 @@ impl<'a> Weights<'a> {
             None => dy,
         };
         let kept = if dropping.is_some() { whole } else { dy };
-        linear_dx(pool, kept, m, weight, dx, Write::Set, &mut scratch.transpose);
-        self.base_gradient(pool, layer, projection, x, dy, grads, &mut scratch.columns);
+        linear_dx(pool, kept, m, weight, dx, Write::Set);
+        self.base_gradient(pool, layer, projection, x, dy, grads, columns);
         if let Some(adapter) = self.adapter {
-            let ProjectScratch { lora, drop, .. } = scratch;
-            let drop = drop.as_ref().map(|(step, rows)| DropKeys { step: *step, rows });
             let (grads, waiting) = (&mut grads.adapter, &mut grads.adapter_waiting);
             adapter.backward(pool, layer, projection, x, m, dy, dx, grads, waiting, drop, lora);
         }
         if let Some(adapter) = dropping {
-            let ProjectScratch { dora, lora, drop, .. } = scratch;
-            let drop = drop.as_ref().map(|(step, rows)| DropKeys { step: *step, rows });
             adapter.dropped_backward(pool, layer, projection, weight, whole, m, dx, drop, dora, lora);
         }
     }
@@ -692,7 +687,7 @@ impl<'a> Weights<'a> {
         let weight = self.base.matrix(self.slots.layers[layer].dense(projection));
         let m = dy.len() / weight.n;
         dx.resize(m * weight.k, 0.0);
-        linear_dx(pool, dy, m, weight, dx, Write::Set, &mut scratch.transpose);
+        linear_dx(pool, dy, m, weight, dx, Write::Set);
         make_x(dx, x);
         self.base_gradient(pool, layer, projection, x, dy, grads, &mut scratch.columns);
     }

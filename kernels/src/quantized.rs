@@ -197,15 +197,7 @@ impl Quantized {
     }
 
     /// As [`linear_dx`].
-    pub(crate) fn linear_dx(
-        &self,
-        pool: &Pool,
-        dy: &[f32],
-        m: usize,
-        dx: &mut [f32],
-        write: Write,
-        transpose: &mut Vec<f32>,
-    ) {
+    pub(crate) fn linear_dx(&self, pool: &Pool, dy: &[f32], m: usize, dx: &mut [f32], write: Write) {
         if self.n == 0 && write == Write::Set {
             return dx.fill(0.0);
         }
@@ -214,11 +206,11 @@ impl Quantized {
             // the chains over the outputs run on from part to part
             let write = if outputs.start == 0 { write } else { Write::Add };
             if outputs.len() == n {
-                return linear_dx(pool, dy, m, part, dx, write, transpose);
+                return linear_dx(pool, dy, m, part, dx, write);
             }
             columns.resize(m * outputs.len(), 0.0);
             take_columns(pool, dy, n, outputs.start, m, outputs.len(), 1.0, columns);
-            linear_dx(pool, columns, m, part, dx, write, transpose);
+            linear_dx(pool, columns, m, part, dx, write);
         });
     }
 }

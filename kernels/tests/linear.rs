@@ -42,7 +42,7 @@ impl Case {
         let w = Matrix { n, k, f32: &panels, bf16: bf16.then_some(&low), quantized: None };
         let (mut y, mut dx) = (vec![start; m * n], vec![start; m * k]);
         linear(&pool, &self.x, m, w, &mut y, write);
-        linear_dx(&pool, &self.dy, m, w, &mut dx, write, &mut Vec::new());
+        linear_dx(&pool, &self.dy, m, w, &mut dx, write);
         let mut dw = vec![0.0; panels_len(n, k)];
         pack_panels(&vec![start; n * k], n, k, &mut dw);
         linear_dw(&pool, &self.dy, &self.x, m, n, k, &mut dw, bf16);

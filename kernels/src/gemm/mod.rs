@@ -75,22 +75,12 @@ pub fn linear(pool: &Pool, x: &[f32], m: usize, w: Matrix, y: &mut [f32], write:
 }
 
 /// dx[m, k] = dy[m, n]·W, summed over n ascending. With bf16 weights dy is rounded to bf16 and sums are f32.
-///
-/// `scratch` would be reused from call to call; no product fills it today.
-pub fn linear_dx(
-    pool: &Pool,
-    dy: &[f32],
-    m: usize,
-    w: Matrix,
-    dx: &mut [f32],
-    write: Write,
-    scratch: &mut Vec<f32>,
-) {
+pub fn linear_dx(pool: &Pool, dy: &[f32], m: usize, w: Matrix, dx: &mut [f32], write: Write) {
     w.check();
     assert_eq!(dy.len(), m * w.n, "dy is [m, n]");
     assert_eq!(dx.len(), m * w.k, "dx is [m, k]");
     match (w.quantized, w.bf16) {
-        (Some(quantized), _) => quantized.linear_dx(pool, dy, m, dx, write, scratch),
+        (Some(quantized), _) => quantized.linear_dx(pool, dy, m, dx, write),
         (_, Some(bf16)) => bf16::input_gradient(pool, dy, m, bf16, w.n, w.k, dx, write),
         (_, None) => f32::input_gradient(pool, dy, m, w.f32, w.n, w.k, dx, write),
     }
